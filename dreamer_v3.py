@@ -1,0 +1,1464 @@
+"""DreamerV3: mastering diverse domains through world models (arXiv 2301.04104v1), in one file.
+
+    python dreamer_v3.py --env-id MsPacmanNoFrameskip-v4         train (Atari-100k setting)
+    python dreamer_v3.py --env-id CartPole-v1 --size XXS         any Gymnasium environment
+    python dreamer_v3.py --resume RUN_DIR                        go on exactly where a run stopped
+    python dreamer_v3.py --evaluate RUN_DIR                      play fresh episodes, print the returns
+    python dreamer_v3.py --dream RUN_DIR                         GIF: happened | reconstructed | imagined
+    torchrun --nproc-per-node 2 dreamer_v3.py --env-id ...       several GPUs
+
+The agent learns a *world model* from replayed sequences: a recurrent state-space model (RSSM) that
+compresses observations into discrete codes and predicts the next code, reward and episode end. An
+*actor* and a *critic* then learn purely inside that model, from imagined trajectories. One gradient
+step of each, in this order, is one *update* (`Agent.train_step`).
+
+What changed since DreamerV2 (each tag stands where the change happens)
+    [V3-1]  symlog: vector inputs and targets, rewards and returns are squashed, Eq. 1-2
+    [V3-2]  KL split into dynamics (0.5) and representation (0.1) loss, free bits 1 each, Eq. 5
+    [V3-3]  1% uniform mixture in every categorical, so that no KL or log-probability explodes
+    [V3-4]  reward and critic predict a two-hot distribution over 255 symlog buckets, Eq. 8-10
+    [V3-5]  returns divided by an average of their 5-95 percentile range, at least 1, Eq. 11-12
+    [V3-6]  targets come from the fast critic; the slow copy only regularises it
+    [V3-7]  the continue head predicts whether the episode goes on; gamma is not in its target
+    [V3-8]  learned initial state
+    [V3-9]  SiLU and LayerNorm everywhere, no bias before a norm; output layers of the reward head
+            and of the critic start at zero
+    [V3-10] an action is stored with the observation that it was chosen at (V1, V2: that it led to)
+    [V3-11] imagination also starts at terminal states, with weight zero
+
+Symbols (paper -> code)
+    x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
+    a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
+    gamma  args.gamma     lambda  args.lambda_        eta  args.actor_entropy
+    sg()  .detach()       Per(R, p)  torch.quantile   q(z|h,x)  post_*     p(z|h)  prior_*
+
+Dimension key (time-major throughout; the trailing shape comments are checked by a test)
+    T  replay time   B  batch   H  imagination horizon   H1  H + 1   N = T * B  imagination starts
+    A  action   E  embedding   D  deterministic state   S, K  latent groups and classes per group
+    Z = S * K   F = D + Z  feature   U  hidden units   V  vector observation   I, I, C  image
+    L  buckets of the two-hot distributions   P  environments
+
+Time alignment. A row of the replay buffer holds what is known when the action is chosen:
+
+    time             t=0      t=1      t=2    ...   t=n (last)     | next episode
+    observation      x0       x1       x2           xn             | x0'
+    reward           0        r1       r2           rn             | 0        received WITH x_t
+    is_first         1        0        0            0              | 1
+    is_terminal      0        0        0            terminated?    | 0        a time limit is not one
+    action           a0       a1       a2           zeros          | a0'      chosen AT x_t
+
+    replay      (h,z)_{t-1}, a_{t-1} -> h_t -> prior p(z_t|h_t);   h_t, x_t -> posterior q(z_t|h_t,x_t)
+                where is_first: (h,z)_{t-1} := learned initial state, a_{t-1} := 0
+                world-model loss: [t=0 ... t=T-1], every replayed step
+    imagine     s_0 = a posterior state; a_t ~ actor(s_t); s_{t+1} ~ prior         t = 0 ... H
+                rewards   r_1 ... r_H      from the states 1 ... H
+                actor     [a_0 ... a_{H-1}]   each judged by R^lambda_t of its own state
+                critic    [v_0 ... v_{H-1}]   v_H only bootstraps, a_H is never taken
+                weights   w_t = gamma^t c_0 c_1 ... c_t     with c_0 the recorded 1 - is_terminal
+
+Deviation (from the authors' code, danijar/dreamerv3 of June 2023; each is repeated where it happens)
+    * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
+    * The unused prior sample of the replay loop is not drawn.
+    * bfloat16 instead of float16 with loss scaling; the state that is carried stays in float32.
+    * The encoder and decoder MLPs follow --size (theirs are 5 x 1024 whatever the preset).
+    * Evaluation samples by default as theirs does; --eval-mode takes the most likely action.
+"""
+
+# ---------------------------------------------------------------------------------------- 1 imports
+import math
+import mmap
+import os
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from common import runs, video
+from common.envs import EnvConfig, EnvError, Envs, EnvSpec, EnvStep, default_action_repeat
+from common.maths import symexp, symlog
+
+SCRIPT = "dreamer_v3"
+
+# ------------------------------------------------------------------------------------------- 2 Args
+SIZES = {  # paper, table B.1; XXS is ours, for laptops and tests
+    #           deter hidden units layers depth
+    "XXS": dict(deter=128, hidden=128, units=128, layers=1, depth=8),
+    "XS": dict(deter=256, hidden=256, units=256, layers=1, depth=24),
+    "S": dict(deter=512, hidden=512, units=512, layers=2, depth=32),
+    "M": dict(deter=1024, hidden=640, units=640, layers=3, depth=48),
+    "L": dict(deter=2048, hidden=768, units=768, layers=4, depth=64),
+    "XL": dict(deter=4096, hidden=1024, units=1024, layers=5, depth=96),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Every setting and its only default. `(paper: x)` is the value of the paper's table."""
+
+    # The run
+    exp_name: str = SCRIPT
+    """Name of this experiment, part of the run directory's name."""
+    seed: int = 1
+    """Seed of everything random."""
+    torch_deterministic: bool = True
+    """Ask cuDNN for deterministic kernels."""
+    cuda: bool = True
+    """Use the GPU if there is one."""
+    threads: int = 0
+    """CPU threads of torch; 0: torch's own choice. One is best for the smallest networks."""
+    track: bool = False
+    """Also log to Weights & Biases."""
+    wandb_project_name: str = "dreamer"
+    """Project name there."""
+    capture_video: bool = False
+    """Write episodes of the first environment to RUN_DIR/videos as they are rendered."""
+    runs_dir: str = "runs"
+    """Where run directories are made."""
+    log_every: int = 250
+    """Timesteps between two points of the training curves."""
+    video_every: int = 10_000
+    """Timesteps between two open-loop videos in TensorBoard (0: none)."""
+    checkpoint_every: int = 5_000
+    """Timesteps between two checkpoints; interrupt and TERM write one as well."""
+    compile: bool = False
+    """Compile the networks with torch.compile; on a GPU, replay updates as a CUDA graph."""
+    amp: Literal["auto", "on", "off"] = "auto"
+    """bfloat16 matrix products; auto: where the hardware has them and the networks are not tiny."""
+
+    # Instead of a new run
+    resume: str = ""
+    """Run directory to go on with, exactly where it stopped."""
+    evaluate: str = ""
+    """Run directory whose agent plays fresh episodes; prints every return, mean and spread."""
+    dream: str = ""
+    """Run directory whose agent's dreams are written to RUN_DIR/videos as GIF and PNG strip."""
+    offline: str = ""
+    """Run directory whose recorded replay is trained on; no environment step is taken."""
+    eval_episodes: int = 10
+    """Episodes of --evaluate."""
+    eval_mode: bool = False
+    """Evaluate and dream with the most likely actions instead of sampled ones."""
+    eval_env_seed: int | None = None
+    """Every episode of --evaluate and --dream starts from this seed (a fixed level or track)."""
+    dream_context: int = 5
+    """Frames that the agent sees before it dreams on alone."""
+    dream_horizon: int = 45
+    """Frames of pure imagination."""
+
+    # Environment
+    env_id: str = "MsPacmanNoFrameskip-v4"
+    """Any Gymnasium id; `module:Id-v0` imports your own."""
+    env_seed: int | None = None
+    """Every episode of training starts from this seed: one level or track, not many."""
+    total_timesteps: int = 100_000
+    """Decisions of the agent, all environments together. Frames = timesteps x action repeat."""
+    num_envs: int = 1
+    """Environments (in parallel processes if more than one)."""
+    action_repeat: int = 0
+    """Times that an action is repeated (0: 4 on Atari, else 1)."""
+    max_episode_steps: int = 0
+    """Time limit in timesteps (0: the environment's own). A limit is not a terminal."""
+    image_size: int = 64
+    """Images are resized to this height and width: a power of two, at least 8."""
+    grayscale: bool = False
+    """Images in shades of grey."""
+    clip_rewards: bool = False
+    """Learn from rewards clipped to [-1, 1]; reported returns stay unclipped."""
+    noop_max: int = 30
+    """Atari: up to this many no-ops at the start of an episode."""
+    max_env_restarts: int = 10
+    """Crashed or broken environments are restarted this many times before the run gives up."""
+    env_timeout: float = 60.0
+    """Seconds after which an environment process counts as hung."""
+
+    # Model size
+    size: Literal["XXS", "XS", "S", "M", "L", "XL"] = "S"
+    """Sets the five fields below; each can also be set by itself."""
+    deter: int | None = None
+    """GRU recurrent units, size of h_t (paper, S: 512)."""
+    hidden: int | None = None
+    """Hidden units inside the RSSM (paper, S: 512)."""
+    units: int | None = None
+    """Dense hidden units of encoder, decoder and heads (paper, S: 512)."""
+    layers: int | None = None
+    """MLP layers of encoder, decoder and heads (paper, S: 2)."""
+    depth: int | None = None
+    """CNN multiplier: channels of the first stage (paper, S: 32)."""
+    stoch: int = 32
+    """Number of latents z_t (paper: 32)."""
+    classes: int = 32
+    """Classes per latent (paper: 32)."""
+    bins: int = 255
+    """Buckets of the two-hot distributions, on [-20, 20] in symlog space (paper: 255)."""
+
+    # Replay
+    train_ratio: float = 1024
+    """Replayed timesteps per timestep of the environment (paper, Atari 100k: 1024)."""
+    batch_size: int = 16
+    """Sequences per batch, B (paper: 16)."""
+    batch_length: int = 64
+    """Timesteps per sequence, T (paper: 64)."""
+    buffer_size: int = 1_000_000
+    """Replay capacity in timesteps, first in first out (paper: 1e6)."""
+    learning_starts: int = 1024
+    """Timesteps of uniformly random actions before the first update."""
+
+    # World model
+    unimix: float = 0.01
+    """Share of the uniform distribution in every categorical (paper: 0.01)."""
+    beta_pred: float = 1.0
+    """beta_pred, scale of image, vector, reward and continue loss (paper: 1.0)."""
+    beta_dyn: float = 0.5
+    """beta_dyn, scale of the dynamics loss (paper: 0.5)."""
+    beta_rep: float = 0.1
+    """beta_rep, scale of the representation loss (paper: 0.1)."""
+    free_bits: float = 1.0
+    """Nats below which a KL loss is not pushed any further (paper: 1)."""
+    model_lr: float = 1e-4
+    """Learning rate (paper: 1e-4)."""
+    model_eps: float = 1e-8
+    """Adam epsilon (paper: 1e-8)."""
+    model_clip: float = 1000.0
+    """Gradient clipping by global norm (paper: 1000)."""
+
+    # Actor and critic
+    horizon: int = 15
+    """Imagination horizon, H (paper: 15)."""
+    discount_horizon: float = 333.0
+    """1 / (1 - gamma) (paper: 333)."""
+    lambda_: float = 0.95
+    """Return lambda (paper: 0.95)."""
+    critic_ema_decay: float = 0.98
+    """Decay of the slow critic (paper: 0.98)."""
+    critic_ema_regularizer: float = 1.0
+    """Scale of the loss that pulls the critic towards its slow copy (paper: 1)."""
+    return_norm_low: float = 0.05
+    """Lower percentile of the return range (paper: 5)."""
+    return_norm_high: float = 0.95
+    """Upper percentile of the return range (paper: 95)."""
+    return_norm_limit: float = 1.0
+    """L, smaller return ranges are not scaled up (paper: 1)."""
+    return_norm_decay: float = 0.99
+    """Decay of the return range (paper: 0.99)."""
+    actor_entropy: float = 3e-4
+    """eta, scale of the entropy bonus (paper: 3e-4)."""
+    actor_min_std: float = 0.1
+    """Smallest standard deviation of a continuous action (authors' code: 0.1)."""
+    actor_max_std: float = 1.0
+    """Largest standard deviation of a continuous action (authors' code: 1.0)."""
+    actor_lr: float = 3e-5
+    """Learning rate of the actor (paper: 3e-5)."""
+    critic_lr: float = 3e-5
+    """Learning rate of the critic (paper: 3e-5)."""
+    actor_eps: float = 1e-5
+    """Adam epsilon of the actor (paper: 1e-5)."""
+    critic_eps: float = 1e-5
+    """Adam epsilon of the critic (paper: 1e-5)."""
+    actor_clip: float = 100.0
+    """Gradient clipping of the actor (paper: 100)."""
+    critic_clip: float = 100.0
+    """Gradient clipping of the critic (paper: 100)."""
+
+    def __post_init__(self) -> None:
+        """Fill in what follows from --size and --env-id, then refuse what cannot work."""
+        derived = SIZES[self.size] | {"action_repeat": default_action_repeat(self.env_id)}
+        for name, value in derived.items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
+        # A run never needs to hold more than it collects.
+        object.__setattr__(self, "buffer_size", min(self.buffer_size, self.total_timesteps))
+        self.check()
+
+    def check(self) -> None:
+        """Raise `runs.UserError`, one line, for a value that cannot work."""
+        may_be_zero = {"seed", "env_seed", "eval_env_seed", "threads", "video_every", "max_episode_steps", "noop_max", "unimix",
+                       "beta_pred", "beta_dyn", "beta_rep", "free_bits", "train_ratio", "lambda_",
+                       "learning_starts", "max_env_restarts", "critic_ema_decay", "actor_entropy",
+                       "critic_ema_regularizer", "return_norm_low", "return_norm_decay"}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if not math.isfinite(value) or value < 0 or (value == 0 and field.name not in may_be_zero):
+                flag = "--" + field.name.strip("_").replace("_", "-")
+                raise runs.UserError(f"{flag} is {value}; it must be "
+                                     f"{'at least 0' if field.name in may_be_zero else 'above 0'}.")
+        if self.image_size < 8 or self.image_size & (self.image_size - 1):
+            raise runs.UserError(f"--image-size is {self.image_size}; use 8, 16, 32, 64, 128, ...")
+        if self.batch_length > self.capacity:
+            raise runs.UserError(
+                f"--batch-length {self.batch_length} is longer than the replay buffer of one "
+                f"environment ({self.capacity} timesteps): lower it, or raise --buffer-size.")
+
+    @property
+    def gamma(self) -> float:
+        """Discount factor, 1 - 1/333 by default."""
+        return 1 - 1 / self.discount_horizon
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the replay ring of one environment."""
+        return math.ceil(self.buffer_size / self.num_envs)
+
+    @property
+    def env_config(self) -> EnvConfig:
+        """What it takes to build one environment."""
+        return EnvConfig(self.env_id, self.image_size, self.grayscale, self.action_repeat,
+                         self.max_episode_steps, self.noop_max, self.clip_rewards,
+                         render=self.capture_video)
+
+
+# ---------------------------------------------------------------------------------- 3 replay buffer
+class Batch(NamedTuple):
+    """Replayed sequences; see the time alignment above. An absent observation is None."""
+
+    image: Tensor | None  # (T, B, I, I, C) uint8
+    vector: Tensor | None  # (T, B, V) float32
+    action: Tensor  # (T, B, A) float32, chosen at this observation
+    reward: Tensor  # (T, B) float32, received with this observation
+    is_first: Tensor  # (T, B) bool
+    is_terminal: Tensor  # (T, B) bool
+
+
+class ReplayBuffer:
+    """One ring of rows per environment: memory-mapped `.npy` files that outlive the process.
+
+    Rows are numbered from the start of the run; row i lies in slot i % capacity. All environments
+    advance together, so one `count` of complete rows serves all rings. A window of consecutive
+    rows may be sampled if all of them lie in [oldest, count): it can cross the end of an episode
+    (is_first marks the seam) but never the write position.
+
+    What makes a resume exact: `count` comes from the checkpoint, while the rows that the killed
+    process wrote after it have already replaced the oldest ones. `rows.npy` = [begun, complete]
+    lies beside the rings; `begun` never goes back, so no new row is taken for the old one it replaced.
+    """
+
+    def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int):
+        """Open the rings in `folder`, or make them. Raises `runs.UserError` if the disk is full."""
+        self.capacity, self.num_envs = capacity, num_envs
+        self.rng = np.random.default_rng(seed)
+        layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
+                  "is_first": (np.bool_, ()), "is_terminal": (np.bool_, ())}
+        if spec.image_shape:
+            layout["image"] = (np.uint8, spec.image_shape)
+        if spec.vector_dim:
+            layout["vector"] = (np.float32, (spec.vector_dim,))
+        self.rings = {name: runs.open_array(folder / f"{name}.npy", dtype, (num_envs, capacity, *shape))
+                      for name, (dtype, shape) in layout.items()}
+        self.rows = runs.open_array(folder / "rows.npy", np.int64, (2,))
+        self.count = int(self.rows[1])
+        self.gibibytes = sum(ring.nbytes for ring in self.rings.values()) / 2**30
+
+    @property
+    def oldest(self) -> int:
+        """The oldest row that is still whole."""
+        return max(0, int(self.rows[0]) - self.capacity)
+
+    def windows(self, length: int) -> int:
+        """Number of valid starts of a window of `length` rows in one ring."""
+        return max(0, self.count - self.oldest - length + 1)
+
+    def add(self, step: EnvStep, action: np.ndarray) -> None:
+        """Append one row per environment: `step` and the action (P, A) chosen at it."""
+        self.rows[0] = max(self.rows[0], self.count + 1)  # before the row is touched
+        row = step._asdict() | {"action": action}
+        for name, ring in self.rings.items():
+            ring[:, self.count % self.capacity] = row[name]
+        self.count += 1
+        self.rows[1] = self.count
+
+    def sample(self, batch_size: int, length: int, rng: np.random.Generator) -> Batch:
+        """Draw windows, uniformly over all valid starts, as a time-major `Batch` on the CPU."""
+        env = rng.integers(self.num_envs, size=batch_size)
+        start = self.oldest + rng.integers(self.windows(length), size=batch_size)
+        slot = (start + np.arange(length)[:, None]) % self.capacity
+        arrays = {name: torch.from_numpy(ring[env, slot]) for name, ring in self.rings.items()}
+        arrays["is_first"][0] = True  # the state before a window is unknown: start it afresh
+        return Batch(arrays.pop("image", None), arrays.pop("vector", None), **arrays)
+
+    def flush(self) -> None:
+        """Write to disk and drop the pages from this process, so that its memory stays flat."""
+        for array in (*self.rings.values(), self.rows):
+            array.flush()
+            array._mmap.madvise(mmap.MADV_DONTNEED)
+
+    def state_dict(self) -> dict:
+        """What the checkpoint must hold to make sense of the files."""
+        return {"count": self.count, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go back to a checkpoint: later rows are forgotten, and so are those they replaced."""
+        if self.rows[0] < state["count"]:
+            raise runs.UserError("the replay files are older than the checkpoint; restore both "
+                                 "from the same copy of the run directory.")
+        self.count, self.rng.bit_generator.state = state["count"], state["rng"]
+        self.rows[1] = self.count
+
+
+class Feeder:
+    """Batches for the device, each sampled and copied while the update before it still runs.
+
+    `state` is the sampler's state before the waiting batch was drawn: a resume draws it again.
+    """
+
+    def __init__(self, replay: ReplayBuffer, device: torch.device, batch_size: int, length: int):
+        self.replay, self.device, self.shape = replay, device, (batch_size, length)
+        self.waiting, self.state = None, replay.state_dict()
+
+    def prepare(self) -> None:
+        """Draw the next batch now. On a GPU this returns before the copy is done."""
+        self.state = self.replay.state_dict()
+        batch = self.replay.sample(*self.shape, self.replay.rng)
+        if self.device.type == "cuda":
+            batch = Batch(*(x if x is None else x.pin_memory().to(self.device, non_blocking=True)
+                            for x in batch))
+        self.waiting = batch
+
+    def next(self) -> Batch:
+        """The batch that was prepared, or a fresh one."""
+        if self.waiting is None:
+            self.prepare()
+        batch, self.waiting = self.waiting, None
+        return batch
+
+
+
+# ------------------------------------------------------------------------ 4 maths and distributions
+def draw_classes(probs: Tensor) -> Tensor:
+    """Draw a class index per row of `probs` (..., K) by inverting its cumulative distribution.
+
+    One uniform number per draw; the Gumbel trick would need K of them and a logarithm each.
+    """
+    cumulative = probs.cumsum(-1)
+    uniform = torch.rand_like(cumulative[..., -1:]) * cumulative[..., -1:]
+    return (cumulative < uniform).sum(-1)
+
+
+def draw_noise(mean: Tensor) -> Tensor:
+    """Draw standard normal noise of the shape of `mean`."""
+    return torch.randn_like(mean)
+
+
+class OneHot:
+    """One-hot categorical over the last dimension, mixed with a uniform distribution.
+
+    p = (1 - unimix) softmax(raw) + unimix / K  [V3-3], paper section "World Model Learning".
+    """
+
+    def __init__(self, raw: Tensor, unimix: float):
+        """`raw`: unnormalised logits (..., K) of any precision; everything here is in float32."""
+        self.probs = raw.float().softmax(-1) * (1 - unimix) + unimix / raw.shape[-1]
+        self.logits = self.probs.log()
+
+    def sample(self) -> Tensor:
+        """Straight-through sample (..., K): forward one-hot, backward the gradient of `probs`."""
+        return self._straight_through(draw_classes(self.probs.detach()))
+
+    def mode(self) -> Tensor:
+        """The most likely class as one-hot (..., K), without gradient."""
+        return F.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).float()
+
+    def log_prob(self, onehot: Tensor) -> Tensor:
+        """Log-probability (...) of `onehot` (..., K)."""
+        return (onehot * self.logits).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy (...) in nats."""
+        return -(self.probs * self.logits).sum(-1)
+
+    def _straight_through(self, index: Tensor) -> Tensor:
+        onehot = F.one_hot(index, self.probs.shape[-1]).to(self.probs.dtype)
+        return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
+
+
+class Gaussian:
+    """Diagonal normal over the last dimension, for continuous actions; neither squashed nor cut."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        """`mean`, `std`: (..., A)."""
+        self.mean, self.std = mean, std
+
+    def sample(self) -> Tensor:
+        """Reparameterised sample (..., A)."""
+        return self.mean + self.std * draw_noise(self.mean)
+
+    def mode(self) -> Tensor:
+        """The mean (..., A)."""
+        return self.mean
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density (...), summed over A."""
+        nats = -0.5 * ((value - self.mean) / self.std).square() - self.std.log()
+        return (nats - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy (...) in nats, summed over A."""
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+class TwoHot:
+    """Distribution of a number over buckets that are evenly spaced in symlog space. [V3-4]"""
+
+    def __init__(self, logits: Tensor, buckets: Tensor):
+        """`logits` (..., L); `buckets` (L,), their positions in symlog space."""
+        self.logits, self.buckets = logits.float(), buckets
+
+    def mean(self) -> Tensor:
+        """symexp(sum_i p_i b_i) (...): the mean is taken in symlog space, then transformed."""
+        return symexp(self.logits.softmax(-1) @ self.buckets)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """sum_i twohot(symlog(value))_i ln p_i (...), Eq. 9-10.
+
+        The weight is split between the two neighbouring buckets, more for the nearer one; a value
+        out of range puts all of it on the end bucket.
+        """
+        target = symlog(value).clamp(self.buckets[0], self.buckets[-1])
+        above = torch.searchsorted(self.buckets, target, right=True).clamp(max=len(self.buckets) - 1)
+        below = above - 1
+        low, high = self.buckets[below], self.buckets[above]
+        share = (target - low) / (high - low)
+        pair = self.logits.gather(-1, torch.stack([below, above], -1))
+        return pair[..., 0].lerp(pair[..., 1], share) - self.logits.logsumexp(-1)
+
+
+# ----------------------------------------------------------------------- 5 encoder, decoder, heads
+def init_hidden(weight: Tensor) -> None:
+    """Truncated normal whose variance is 1 / average fan (Xavier), cut at two sigma.
+
+    From the authors' code: 0.8796 is the standard deviation that is left after the cut.
+    """
+    std = math.sqrt(1 / average_fan(weight)) / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def init_output(layer: nn.Module, scale: float = 1.0) -> None:
+    """Uniform with variance scale / average fan, bias 0; from the authors' code.
+
+    For every layer without a norm: heads (reward and critic with scale 0 [V3-9]), the statistics of
+    prior and posterior, and the first and the last layer of the decoder.
+    """
+    limit = math.sqrt(3 * scale / average_fan(layer.weight))
+    nn.init.uniform_(layer.weight, -limit, limit)
+    nn.init.zeros_(layer.bias)
+
+
+def average_fan(weight: Tensor) -> float:
+    """(fan in + fan out) / 2 of a weight (out, in, *kernel), the kernel's area included."""
+    return (weight.shape[0] + weight.shape[1]) / 2 * weight[0, 0].numel()
+
+
+class Dense(nn.Module):
+    """Linear without bias -> LayerNorm -> SiLU, the hidden layer of every network. [V3-9]"""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.norm = nn.LayerNorm(outputs, eps=1e-3)
+        init_hidden(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return F.silu(self.norm(F.linear(x, self.weight)))
+
+
+class MLP(nn.Sequential):
+    """`layers` dense layers of `units` each."""
+
+    def __init__(self, inputs: int, units: int, layers: int):
+        super().__init__(*(Dense(units if i else inputs, units) for i in range(layers)))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W), at each pixel for itself.
+
+    The images are channels-last in memory, so both permutations are free.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Encoder(nn.Module):
+    """Image and/or vector -> embedding x_t: CNN features, then MLP features."""
+
+    def __init__(self, args: Args, spec: EnvSpec):
+        super().__init__()
+        self.embed_dim = 0
+        if spec.image_shape:
+            stages = int(math.log2(args.image_size // 4))  # each halves the image, down to 4 x 4
+            widths = [spec.image_shape[-1]] + [args.depth * 2**i for i in range(stages)]
+            self.cnn = nn.Sequential()
+            for inputs, outputs in zip(widths, widths[1:]):
+                conv = nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
+                init_hidden(conv.weight)
+                self.cnn.extend([conv, ChannelNorm(outputs, eps=1e-3), nn.SiLU()])
+            self.embed_dim += 4 * 4 * widths[-1]
+        if spec.vector_dim:
+            self.mlp = MLP(spec.vector_dim, args.units, args.layers)
+            self.embed_dim += args.units
+
+    def forward(self, image: Tensor | None, vector: Tensor | None) -> Tensor:
+        """image (T, B, I, I, C) uint8, vector (T, B, V) -> embedding (T, B, E)."""
+        parts = []
+        if image is not None:
+            pixels = image.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.5  # channels-last in memory
+            features = self.cnn(pixels).permute(0, 2, 3, 1)  # flattened as (h, w, c)
+            parts.append(features.reshape(*image.shape[:2], -1))
+        if vector is not None:
+            parts.append(self.mlp(symlog(vector)))  # [V3-1]
+        embed = torch.cat(parts, -1)  # (T, B, E)
+        return embed
+
+
+class Decoder(nn.Module):
+    """Feature -> image and/or vector."""
+
+    def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
+        super().__init__()
+        if spec.image_shape:
+            stages = int(math.log2(args.image_size // 4))
+            widths = [args.depth * 2**i for i in reversed(range(stages))] + [spec.image_shape[-1]]
+            self.cnn_in = nn.Linear(feat_dim, 4 * 4 * widths[0])
+            init_output(self.cnn_in)
+            self.cnn = nn.Sequential()
+            for inputs, outputs in zip(widths, widths[1:]):
+                last = outputs == widths[-1] and len(self.cnn) == 3 * (stages - 1)
+                conv = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=last)
+                init_output(conv) if last else init_hidden(conv.weight)
+                self.cnn.append(conv)
+                if not last:
+                    self.cnn.extend([ChannelNorm(outputs, eps=1e-3), nn.SiLU()])
+        if spec.vector_dim:
+            self.mlp = MLP(feat_dim, args.units, args.layers)
+            self.vector_out = nn.Linear(args.units, spec.vector_dim)
+            init_output(self.vector_out)
+
+    def image(self, feat: Tensor) -> Tensor:
+        """(T, B, F) -> mean image (T, B, I, I, C), in float32, 0 to 1 where it is right."""
+        seed = self.cnn_in(feat).reshape(-1, 4, 4, self.cnn[0].in_channels).permute(0, 3, 1, 2)
+        pixels = self.cnn(seed).permute(0, 2, 3, 1)
+        return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:]).float() + 0.5
+
+    def vector(self, feat: Tensor) -> Tensor:
+        """(T, B, F) -> vector (T, B, V) in symlog space, in float32. [V3-1]"""
+        return self.vector_out(self.mlp(feat)).float()
+
+
+class ContinueHead(nn.Module):
+    """Feature -> logit of "the episode goes on". [V3-7]"""
+
+    def __init__(self, args: Args, feat_dim: int):
+        super().__init__()
+        self.mlp = MLP(feat_dim, args.units, args.layers)
+        self.out = nn.Linear(args.units, 1)
+        init_output(self.out)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """(..., F) -> logit (...), in float32."""
+        return self.out(self.mlp(feat)).squeeze(-1).float()
+
+
+class TwoHotHead(nn.Module):
+    """Feature -> `TwoHot` distribution of a number: the reward head and the critic. [V3-4]"""
+
+    def __init__(self, args: Args, feat_dim: int):
+        super().__init__()
+        self.mlp = MLP(feat_dim, args.units, args.layers)
+        self.out = nn.Linear(args.units, args.bins)
+        init_output(self.out, scale=0.0)  # [V3-9] predicts 0 at first, not a random fortune
+        self.register_buffer("buckets", torch.linspace(-20, 20, args.bins), persistent=False)
+
+    def forward(self, feat: Tensor) -> TwoHot:
+        """(..., F) -> distribution over (...)."""
+        return TwoHot(self.out(self.mlp(feat)), self.buckets)
+
+
+# ------------------------------------------------------------------------------------------ 6 RSSM
+class State(NamedTuple):
+    """Recurrent state of the model, and the action chosen there, which leads to the next one."""
+
+    deter: Tensor  # (B, D) h_t
+    stoch: Tensor  # (B, Z) z_t, the S one-hot groups side by side
+    action: Tensor  # (B, A)
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model, Eq. 3: sequence model, representation and dynamics predictor."""
+
+    def __init__(self, args: Args, action_dim: int, embed_dim: int):
+        super().__init__()
+        self.groups, self.classes, self.unimix = args.stoch, args.classes, args.unimix
+        self.deter_dim, self.stoch_dim = args.deter, args.stoch * args.classes
+        self.initial = nn.Parameter(torch.zeros(args.deter))  # [V3-8]
+        self.img_in = Dense(self.stoch_dim + action_dim, args.hidden)
+        self.gru = nn.Linear(args.deter + args.hidden, 3 * args.deter, bias=False)
+        self.gru_norm = nn.LayerNorm(3 * args.deter, eps=1e-3)
+        self.img_out = Dense(args.deter, args.hidden)
+        self.img_stats = nn.Linear(args.hidden, self.stoch_dim)
+        self.obs_out = Dense(args.deter + embed_dim, args.hidden)
+        self.obs_stats = nn.Linear(args.hidden, self.stoch_dim)
+        init_hidden(self.gru.weight)
+        init_output(self.img_stats)
+        init_output(self.obs_stats)
+
+    def initial_state(self) -> tuple[Tensor, Tensor]:
+        """deter (D,) = tanh(learned vector) and stoch (Z,) = mode of the prior there. [V3-8]"""
+        deter = self.initial.tanh()
+        return deter, self.prior(deter).mode().flatten(-2)
+
+    def prior(self, deter: Tensor) -> OneHot:
+        """Dynamics predictor p(z_t | h_t): (..., D) -> (..., S, K)."""
+        return self.groups_of(self.img_stats(self.img_out(deter)))
+
+    def groups_of(self, raw: Tensor) -> OneHot:
+        """Raw logits (..., Z) -> S categoricals of K classes."""
+        return OneHot(raw.unflatten(-1, (self.groups, self.classes)), self.unimix)
+
+    def gate(self, deter: Tensor, parts: Tensor) -> Tensor:
+        """Layer-normalised GRU cell, from the authors' code.
+
+        c = tanh(sigmoid(reset) * cand);  u = sigmoid(update - 1);  h' = u c + (1 - u) h
+        The -1 makes the state slow to change at first. `parts` (..., 3D) -> deter (..., D).
+        """
+        reset, cand, update = self.gru_norm(parts).float().chunk(3, -1)
+        return deter.lerp(torch.tanh(reset.sigmoid() * cand), (update - 1).sigmoid())
+
+    def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """One step without observation: (N, D), (N, Z), (N, A) -> next deter and prior stoch."""
+        x = self.img_in(torch.cat([stoch, within_unit(action)], -1))
+        next_deter = self.gate(deter, self.gru(torch.cat([deter, x.float()], -1)))
+        return next_deter, self.prior(next_deter).sample().flatten(-2)
+
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor,
+                carry: State) -> tuple[Tensor, Tensor, Tensor]:
+        """Posterior states of a replayed sequence.
+
+        Args:
+            embed: (T, B, E).
+            prev_action: (T, B, A), the action that led to each observation.
+            is_first: (T, B); there the state starts from `initial_state` and the action is zero.
+            carry: state before the first observation.
+
+        Returns:
+            deter (T, B, D), stoch (T, B, Z), raw posterior logits (T, B, Z).
+
+        Deviation: the authors' loop also draws from the prior here, for nothing.
+
+        Everything that does not depend on the previous state is computed for all T at once: what
+        is left in the loop is the recurrence itself.
+        """
+        keep = ~is_first[..., None]
+        stoch_w, action_w = self.img_in.weight.split([self.stoch_dim, prev_action.shape[-1]], 1)
+        deter_w, embed_w = self.obs_out.weight.split([self.deter_dim, embed.shape[-1]], 1)
+        action_share = F.linear(within_unit(prev_action * keep), action_w)  # (T, B, U)
+        embed_share = F.linear(embed, embed_w)  # (T, B, U)
+        first_deter, first_stoch = self.initial_state()
+        deter, stoch = carry.deter, carry.stoch
+        deters, stochs, raws = [], [], []
+        for keep_t, action_t, embed_t in zip(keep, action_share.unbind(), embed_share.unbind()):
+            deter = torch.where(keep_t, deter, first_deter)
+            stoch = torch.where(keep_t, stoch, first_stoch)
+            x = F.silu(self.img_in.norm(F.linear(stoch, stoch_w) + action_t))
+            deter = self.gate(deter, self.gru(torch.cat([deter, x.float()], -1)))
+            y = F.silu(self.obs_out.norm(F.linear(deter, deter_w) + embed_t))
+            raw = self.obs_stats(y)
+            stoch = self.groups_of(raw).sample().flatten(-2)
+            deters.append(deter), stochs.append(stoch), raws.append(raw)
+        return torch.stack(deters), torch.stack(stochs), torch.stack(raws)
+
+
+def within_unit(action: Tensor) -> Tensor:
+    """a / max(1, |a|): the value of clipping to [-1, 1], with gradient 1 / max(1, |a|), not 0.
+
+    From the authors' code: the actor's normal has no bounds, but the model must see actions as the
+    environment does, and an actor outside of the bounds must still be pulled back.
+    """
+    return action / action.detach().abs().clamp(min=1)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward and continue head: what the world-model loss trains."""
+
+    def __init__(self, args: Args, spec: EnvSpec):
+        super().__init__()
+        self.feat_dim = args.deter + args.stoch * args.classes
+        self.encoder = Encoder(args, spec)
+        self.rssm = RSSM(args, spec.action_dim, self.encoder.embed_dim)
+        self.decoder = Decoder(args, spec, self.feat_dim)
+        self.reward_head = TwoHotHead(args, self.feat_dim)
+        self.continue_head = ContinueHead(args, self.feat_dim)
+
+
+# ------------------------------------------------------------------------------ 7 actor and critic
+class Actor(nn.Module):
+    """Feature -> policy pi(a_t | s_t), Eq. 6."""
+
+    def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
+        super().__init__()
+        self.discrete, self.unimix = spec.discrete, args.unimix
+        self.min_std, self.max_std = args.actor_min_std, args.actor_max_std
+        self.mlp = MLP(feat_dim, args.units, args.layers)
+        self.out = nn.Linear(args.units, spec.action_dim)
+        init_output(self.out)
+        if not spec.discrete:
+            self.std = nn.Linear(args.units, spec.action_dim)
+            init_output(self.std)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """(..., F) -> parameters of the policy (..., A), or (..., 2A) for continuous actions."""
+        x = self.mlp(feat)
+        return self.out(x).float() if self.discrete else torch.cat([self.out(x), self.std(x)], -1).float()
+
+    def policy(self, output: Tensor) -> OneHot | Gaussian:
+        """Distribution of actions from `forward`'s output.
+
+        Discrete: one-hot with the uniform mixture [V3-3]. Continuous: mean tanh(m), standard
+        deviation between 0.1 and 1, 0.89 at first (authors' code).
+        """
+        if self.discrete:
+            return OneHot(output, self.unimix)
+        mean, raw_std = output.chunk(2, -1)
+        std = (self.max_std - self.min_std) * (raw_std + 2).sigmoid() + self.min_std
+        return Gaussian(mean.tanh(), std)
+
+
+class ReturnScale(nn.Module):
+    """S, a moving average of the range of returns between two percentiles, Eq. 12. [V3-5]"""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.decay, self.limit = args.return_norm_decay, args.return_norm_limit
+        self.register_buffer("percentiles", torch.tensor([args.return_norm_low, args.return_norm_high]),
+                             persistent=False)
+        self.register_buffer("range", torch.zeros(2))  # starts at 0, no bias correction
+
+    @torch.no_grad()
+    def update(self, ret: Tensor) -> Tensor:
+        """Take in returns (H, N) of any scale; give the divisor max(1, S) as a scalar."""
+        now = torch.quantile(gather_ranks(ret.flatten()), self.percentiles)
+        self.range.lerp_(now, 1 - self.decay)
+        return (self.range[1] - self.range[0]).clamp(min=self.limit)
+
+
+# ---------------------------------------------------------------------------------------- 8 losses
+def world_model_loss(model: WorldModel, batch: Batch, carry: State,
+                     args: Args) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
+    """Scaled loss terms of the world model, each (T, B), over every replayed step. Eq. 4-5.
+
+        L_pred = -ln p(x_t|s_t) - ln p(r_t|s_t) - ln p(c_t|s_t)
+        L_dyn  = max(1, KL[ sg(q(z_t|h_t,x_t)) || p(z_t|h_t) ])     trains the prior
+        L_rep  = max(1, KL[ q(z_t|h_t,x_t) || sg(p(z_t|h_t)) ])     trains the posterior
+        L      = beta_pred L_pred + beta_dyn L_dyn + beta_rep L_rep
+
+    Returns the terms, the posterior states deter (T, B, D) and stoch (T, B, Z), and statistics.
+    """
+    embed = model.encoder(batch.image, batch.vector)  # (T, B, E)
+    prev_action = torch.cat([carry.action[None], batch.action[:-1]])  # (T, B, A)
+    deter, stoch, raw = model.rssm.observe(embed, prev_action, batch.is_first, carry)
+    post, prior = model.rssm.groups_of(raw), model.rssm.prior(deter)
+    feat = torch.cat([deter, stoch], -1)  # (T, B, F)
+
+    losses = {}
+    if batch.image is not None:  # a Gaussian of variance 1/2 up to a constant: summed, no factor 1/2
+        error = model.decoder.image(feat) - batch.image / 255  # (T, B, I, I, C)
+        losses["image"] = args.beta_pred * error.square().sum((-3, -2, -1))
+    if batch.vector is not None:  # [V3-1] Eq. 1, summed, no factor 1/2 in the authors' code
+        squared = (model.decoder.vector(feat) - symlog(batch.vector)).square()  # (T, B, V)
+        close = squared < 1e-8  # from the authors' code: near enough is right
+        losses["vector"] = args.beta_pred * squared.masked_fill(close, 0).sum(-1)
+    losses["reward"] = -args.beta_pred * model.reward_head(feat).log_prob(batch.reward)
+    losses["continue"] = args.beta_pred * F.binary_cross_entropy_with_logits(  # [V3-7]
+        model.continue_head(feat), (~batch.is_terminal).float(), reduction="none")
+    # [V3-2] Both have the same value; they differ in which side learns.
+    dyn = (post.probs.detach() * (post.logits.detach() - prior.logits)).sum((-2, -1))  # (T, B)
+    rep = (post.probs * (post.logits - prior.logits.detach())).sum((-2, -1))  # (T, B)
+    losses["dyn"] = args.beta_dyn * dyn.clamp(min=args.free_bits)
+    losses["rep"] = args.beta_rep * rep.clamp(min=args.free_bits)
+
+    stats = {"kl": dyn.detach().mean(),
+             "post_entropy": post.entropy().detach().sum(-1).mean(),
+             "prior_entropy": prior.entropy().detach().sum(-1).mean()}
+    return losses, deter.detach(), stoch.detach(), stats
+
+
+def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
+            horizon: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow the actor through the prior for `horizon` steps from deter (N, D) and stoch (N, Z).
+
+    Returns features (H1, N, F), the starts included, actions (H, N, A) and the actor's outputs
+    (H, N, A or 2A), from which the losses rebuild the policy without running the actor again.
+
+    Discrete actions learn by REINFORCE, so the dynamics need no gradient at all. The actor always
+    sees detached features: it learns from what its actions lead to, not by bending the state.
+    """
+    feats, actions, outputs = [torch.cat([deter, stoch], -1)], [], []
+    for _ in range(horizon):
+        outputs.append(actor(feats[-1].detach()))
+        with torch.set_grad_enabled(not actor.discrete):
+            actions.append(actor.policy(outputs[-1]).sample())
+            deter, stoch = model.rssm.imagine_step(deter, stoch, actions[-1])
+            feats.append(torch.cat([deter, stoch], -1))
+    return torch.stack(feats), torch.stack(actions), torch.stack(outputs)
+
+
+def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
+    """Returns (H, N) of imagined trajectories, Eq. 7.
+
+        R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),    R_H = v_H
+
+    Args:
+        reward: (H, N), reward[t] is the one of state t + 1.
+        value: (H1, N), critic at every state.
+        discount: (H1, N), gamma times the continue flag of every state.
+    """
+    target = reward + discount[1:] * (1 - lambda_) * value[1:]  # (H, N)
+    returns, last = [], value[-1]
+    for t in reversed(range(len(reward))):
+        last = target[t] + discount[t + 1] * lambda_ * last
+        returns.append(last)
+    return torch.stack(returns[::-1])
+
+
+def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, value: Tensor,
+               weight: Tensor, scale: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Loss of the actor as a scalar, and the policy's entropy (H, N). Eq. 11. [V3-5]
+
+        discrete      L = -sum_t w_t ( ln pi(a_t|s_t) sg((R_t - v_t) / max(1, S)) + eta H[pi(.|s_t)] )
+        continuous    L = -sum_t w_t (                   (R_t - v_t) / max(1, S)  + eta H[pi(.|s_t)] )
+
+    For continuous actions the gradient flows back through reward, value and dynamics, the
+    baseline v_t included (authors' code). `ret`, `value` and `weight` are (H, N).
+    """
+    advantage = (ret - value) / scale  # (H, N)
+    if isinstance(policy, OneHot):
+        advantage = policy.log_prob(action.detach()) * advantage.detach()
+    entropy = policy.entropy().reshape(advantage.shape)  # (H, N)
+    return -(weight * (advantage + args.actor_entropy * entropy)).mean(), entropy
+
+
+def critic_loss(dist: TwoHot, slow_value: Tensor, ret: Tensor, weight: Tensor, args: Args) -> Tensor:
+    """Loss of the critic as a scalar, Eq. 10, plus the pull towards its slow copy. [V3-6]
+
+        L = -sum_t w_t ( ln p(R_t|s_t) + ln p(v'_t|s_t) )        v' the mean of the slow critic
+    """
+    log_prob = dist.log_prob(ret.detach())  # (H, N)
+    towards_slow = dist.log_prob(slow_value)  # (H, N)
+    return -(weight * (log_prob + args.critic_ema_regularizer * towards_slow)).mean()
+
+
+# ----------------------------------------------------------------------------------------- 9 agent
+def gather_ranks(x: Tensor) -> Tensor:
+    """Concatenate x (n,) of all processes; several GPUs must see the statistics of the whole batch."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+class Optimizer:
+    """Adam on gradients clipped by their global norm."""
+
+    def __init__(self, params, lr: float, eps: float, clip: float):
+        self.params, self.clip = list(params), clip
+        capturable = self.params[0].is_cuda  # so that a CUDA graph can hold the step
+        self.adam = torch.optim.Adam(self.params, lr, eps=eps, fused=True, capturable=capturable)
+
+    def step(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
+        """Minimise a scalar loss by one step; returns the gradient norm before clipping.
+
+        Only this optimiser's parameters get gradients, though the actor's loss passes through the
+        world model and the critic. A loss or norm that is not finite skips the step, on the
+        device, without waiting for it; `train` then sees it in the metrics and stops.
+        """
+        grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
+        average_over_ranks(grads)
+        norm = nn.utils.get_total_norm(grads)
+        torch._foreach_mul_(grads, self.clip / norm.clamp(min=self.clip))
+        for param, grad in zip(self.params, grads):
+            param.grad = grad
+        self.adam.grad_scale = None
+        self.adam.found_inf = (~(norm.isfinite() & loss.isfinite())).float()
+        self.adam.step()
+        return norm
+
+
+def average_over_ranks(grads: tuple[Tensor, ...]) -> None:
+    """Make `grads` those of the whole batch, of which each process has an equal share.
+
+    This is all that training on several GPUs or machines takes: every rank starts from the same
+    weights and applies the same gradient, so the weights stay equal.
+    """
+    if dist.is_initialized():
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        for grad, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads])):
+            grad.copy_(mean.view_as(grad))
+
+
+class Agent(nn.Module):
+    """World model, actor, critic and how they learn."""
+
+    def __init__(self, args: Args, spec: EnvSpec, device: torch.device):
+        super().__init__()
+        self.args, self.spec, self.device = args, spec, device
+        self.world_model = WorldModel(args, spec)
+        feat_dim = self.world_model.feat_dim
+        self.actor = Actor(args, spec, feat_dim)
+        self.critic = TwoHotHead(args, feat_dim)
+        self.slow_critic = TwoHotHead(args, feat_dim).requires_grad_(False)
+        self.return_scale = ReturnScale(args)
+        self.to(device, memory_format=torch.channels_last)
+        self.model_opt = Optimizer(self.world_model.parameters(), args.model_lr, args.model_eps,
+                                   args.model_clip)
+        self.actor_opt = Optimizer(self.actor.parameters(), args.actor_lr, args.actor_eps,
+                                   args.actor_clip)
+        self.critic_opt = Optimizer(self.critic.parameters(), args.critic_lr, args.critic_eps,
+                                    args.critic_clip)
+        self.updates = 0
+        self.bf16 = use_bf16(args, device)
+
+    def train_step(self, batch: Batch, carry: State) -> dict[str, Tensor]:
+        """One update of world model, actor and critic; returns scalar metrics, still on the device.
+
+        The order is the authors': the world model first, then imagination inside the *new* model,
+        from the posterior states that the *old* one inferred.
+        """
+        with self.autocast():
+            losses, deter, stoch, stats = world_model_loss(self.world_model, batch, carry, self.args)
+        model_loss = sum(losses.values()).mean()
+        model_norm = self.model_opt.step(model_loss)
+        metrics = {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
+        metrics |= stats | {"loss/model": model_loss.detach(), "grad_norm/model": model_norm}
+        alive = (~batch.is_terminal).float()
+        return metrics | self.train_actor_critic(deter.flatten(0, 1), stoch.flatten(0, 1),
+                                                 alive.flatten())
+
+    def train_actor_critic(self, deter: Tensor, stoch: Tensor, alive: Tensor) -> dict[str, Tensor]:
+        """Imagine from deter (N, D) and stoch (N, Z); `alive` (N,) is the recorded continue flag."""
+        args, model = self.args, self.world_model
+        with self.autocast():
+            feat, action, output = imagine(model, self.actor, deter, stoch, args.horizon)
+            value_dist = self.critic(feat)
+            value = value_dist.mean()  # (H1, N)
+            with torch.set_grad_enabled(not self.actor.discrete):
+                reward = model.reward_head(feat[1:]).mean()  # (H, N)
+            with torch.no_grad():
+                cont = (model.continue_head(feat) > 0).float()  # (H1, N) its mode
+                slow_value = self.slow_critic(feat[:-1]).mean()  # (H, N)
+        discount = args.gamma * torch.cat([alive[None], cont[1:]])  # (H1, N)
+        weight = (discount.cumprod(0) / args.gamma)[:-1]  # (H, N)
+        # [V3-6] from the fast critic
+        ret = lambda_return(reward, value, discount, args.lambda_)  # (H, N)
+        scale = self.return_scale.update(ret)
+
+        policy = self.actor.policy(output)
+        loss_actor, entropy = actor_loss(policy, action, ret, value[:-1], weight, scale, args)
+        starts = TwoHot(value_dist.logits[:-1], value_dist.buckets)
+        loss_critic = critic_loss(starts, slow_value, ret, weight, args)
+        actor_norm = self.actor_opt.step(loss_actor, retain_graph=True)
+        critic_norm = self.critic_opt.step(loss_critic)
+        self.update_slow_critic()
+        return {"loss/actor": loss_actor.detach(), "loss/critic": loss_critic.detach(),
+                "grad_norm/actor": actor_norm, "grad_norm/critic": critic_norm,
+                "actor_entropy": entropy.detach().mean(), "return_scale": scale,
+                "imagined_return": ret.detach().mean(), "imagined_value": value.detach().mean(),
+                "imagined_reward": reward.detach().mean()}
+
+    @torch.no_grad()
+    def update_slow_critic(self) -> None:
+        """Move the slow critic towards the critic; the first time, all the way (authors' code)."""
+        share = 1.0 if self.updates == 0 else 1 - self.args.critic_ema_decay
+        torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), share)
+        self.updates += 1
+
+    @torch.no_grad()
+    def act(self, step: EnvStep, carry: State, sample: bool = True) -> State:
+        """Take in one observation per environment and choose actions: the next carry.
+
+        `carry` is the state before, `carry.action` (P, A) the action that led to this observation.
+        """
+        image, vector, is_first = (
+            None if array is None else torch.from_numpy(array)[None].to(self.device)
+            for array in (step.image, step.vector, step.is_first))
+        embed = self.world_model.encoder(image, vector)
+        deter, stoch, _ = self.world_model.rssm.observe(embed, carry.action[None], is_first, carry)
+        policy = self.actor.policy(self.actor(torch.cat([deter[0], stoch[0]], -1)))
+        return State(deter[0], stoch[0], policy.sample() if sample else policy.mode())
+
+    def blank_state(self, rows: int) -> State:
+        """Zeros; every sequence begins with is_first, which puts the learned state in their place."""
+        return State(*(torch.zeros(rows, width, device=self.device) for width in (
+            self.args.deter, self.args.stoch * self.args.classes, self.spec.action_dim)))
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 for matrix products and convolutions; parameters and losses stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def optimizers(self) -> dict[str, torch.optim.Adam]:
+        """By name, for the checkpoint."""
+        return {"model": self.model_opt.adam, "actor": self.actor_opt.adam,
+                "critic": self.critic_opt.adam}
+
+
+# ----------------------------------------------------------------------- 10 evaluation and dreaming
+@torch.no_grad()
+def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]:
+    """What happened, what the model reconstructs, and what it imagines, for the first sequence.
+
+    The model infers its state from the first `context` observations of `batch` (T, B, ...); from
+    there on it is given the recorded actions and nothing else. Videos of shape (T, I, I, C) uint8,
+    or curves drawn as such for environments without images.
+    """
+    model, prev_action = agent.world_model, F.pad(batch.action[:-1], (0, 0, 0, 0, 1, 0))
+    embed = model.encoder(batch.image, batch.vector)
+    replay_deter, replay_stoch, _ = model.rssm.observe(
+        embed, prev_action, batch.is_first, agent.blank_state(batch.reward.shape[1]))
+    feat = torch.cat([replay_deter, replay_stoch], -1)  # (T, B, F)
+
+    imag_deter, imag_stoch = replay_deter[context - 1], replay_stoch[context - 1]
+    imag_feat = [*feat[:context]]
+    for action in batch.action[context - 1:-1]:
+        imag_deter, imag_stoch = model.rssm.imagine_step(imag_deter, imag_stoch, action)
+        imag_feat.append(torch.cat([imag_deter, imag_stoch], -1))
+
+    feats = torch.stack([feat[:, :1], torch.stack(imag_feat)[:, :1]])
+    names = ["what happened", "reconstruction", "imagination"]
+    if batch.image is None:
+        decoded = symexp(model.decoder.vector(feats))[:, :, 0]  # (2, T, V)
+        return dict(zip(names, video.curves(torch.stack([batch.vector[:, 0], *decoded]).cpu().numpy())))
+    decoded = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]  # (2, T, I, I, C)
+    pixels = (decoded.clamp(0, 1) * 255).round().byte()
+    return dict(zip(names, torch.stack([batch.image[:, 0], *pixels]).cpu().numpy()))
+
+
+def load_agent(args: Args, run_dir: Path, spec: EnvSpec) -> Agent:
+    """The agent of a run directory's checkpoint; on the CPU if it was trained on a GPU we lack."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    agent = Agent(args, spec, device)
+    state = runs.load_checkpoint(run_dir / "checkpoint.pt", SCRIPT, device)
+    agent.load_state_dict(state["agent"])
+    return agent
+
+
+def play(args: Args, agent: Agent, envs: Envs):
+    """Endlessly yield each `EnvStep` and the action (P, A) that the agent takes there."""
+    obs, carry = envs.reset(), agent.blank_state(envs.num_envs)
+    while True:
+        carry = agent.act(obs, carry, sample=not args.eval_mode)
+        action = carry.action.cpu().numpy()
+        yield obs, action
+        obs = envs.step(action)
+
+
+def evaluation_envs(args: Args, num_envs: int) -> Envs:
+    """Environments whose seeds no training run has used."""
+    return Envs(args.env_config, num_envs, args.seed + 10**6, args.max_env_restarts,
+                args.env_timeout, args.eval_env_seed)
+
+
+def evaluate(args: Args, run_dir: Path) -> list[float]:
+    """Play fresh episodes with a trained agent; print every return, then mean and spread."""
+    runs.seed_everything(args.seed + 10**6, args.torch_deterministic)
+    num_envs = min(args.num_envs, args.eval_episodes)
+    envs, returns = evaluation_envs(args, num_envs), []
+    agent = load_agent(args, run_dir, envs.spec)
+    # Every environment plays its share: counting whoever finishes first would favour short episodes.
+    left = np.array([len(part) for part in np.array_split(range(args.eval_episodes), num_envs)])
+    for obs, _ in play(args, agent, envs):
+        for env in np.flatnonzero(obs.is_last & (left > 0)):
+            left[env] -= 1
+            returns.append(float(obs.episode_return[env]))
+            print(f"episode {len(returns)}: return {returns[-1]:g}, length {obs.episode_length[env]}")
+        if not left.any():
+            break
+    envs.close()
+    print(f"mean {np.mean(returns):g}, standard deviation {np.std(returns):g}, "
+          f"minimum {min(returns):g}, maximum {max(returns):g} over {len(returns)} episodes")
+    return returns
+
+
+def dream(args: Args, run_dir: Path) -> list[Path]:
+    """Write what the agent imagines as RUN_DIR/videos/dream.gif and dream.png."""
+    runs.seed_everything(args.seed + 10**6, args.torch_deterministic)
+    envs = evaluation_envs(args, 1)
+    agent = load_agent(args, run_dir, envs.spec)
+    length, recorded = args.dream_context + args.dream_horizon, deque(maxlen=1000)
+    for obs, action in play(args, agent, envs):
+        recorded.append((obs, action))
+        if obs.is_last.any() or len(recorded) == recorded.maxlen:
+            break
+    envs.close()
+    middle = max(0, (len(recorded) - length) // 2)  # the first frames are often a still picture
+    steps, actions = zip(*list(recorded)[middle:middle + length])
+    if len(steps) <= args.dream_context:
+        raise runs.UserError(f"the episode ended after {len(steps)} timesteps; lower --dream-context.")
+    arrays = {name: np.stack([getattr(step, name) for step in steps]) for name in Batch._fields
+              if name != "action" and getattr(steps[0], name) is not None}
+    arrays["is_first"][0] = True
+    batch = Batch(**{"image": None, "vector": None, "action": torch.from_numpy(np.stack(actions))}
+                  | {name: torch.from_numpy(array) for name, array in arrays.items()})
+    batch = Batch(*(x if x is None else x.to(agent.device) for x in batch))
+    videos = open_loop(agent, batch, args.dream_context)
+    paths = [run_dir / "videos" / "dream.gif", run_dir / "videos" / "dream.png"]
+    paths[0].parent.mkdir(exist_ok=True)
+    video.save_gif(paths[0], video.side_by_side(videos, args.dream_context))
+    video.save_strip(paths[1], np.stack(list(videos.values())), every=max(1, length // 10))
+    print("what happened | reconstruction | imagination:", *paths)
+    return paths
+
+
+# ------------------------------------------------------------------------------------- 11 main loop
+def use_bf16(args: Args, device: torch.device) -> bool:
+    """Whether to multiply in bfloat16: where the hardware does it natively and it pays."""
+    if args.amp != "auto":
+        return args.amp == "on"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
+        torch.cpu._is_avx512_bf16_supported())
+    return native and args.units >= 256
+
+
+class Progress:
+    """Counts timesteps and tells when something is due every so many of them."""
+
+    def __init__(self, step: int):
+        self.step, self.before = step, step
+        self.clock, self.marks = time.perf_counter(), (step, 0)
+
+    def advance(self, timesteps: int) -> None:
+        """One turn of the main loop."""
+        self.before, self.step = self.step, self.step + timesteps
+
+    def due(self, every: int) -> bool:
+        """Whether this turn crossed a multiple of `every`."""
+        return every > 0 and self.step // every > self.before // every
+
+    def speeds(self, updates: int) -> dict[str, float]:
+        """Timesteps and updates per second since the last call."""
+        seconds, (step, before) = time.perf_counter() - self.clock, self.marks
+        self.clock, self.marks = time.perf_counter(), (self.step, updates)
+        return {"charts/SPS": (self.step - step) / seconds,
+                "charts/updates_per_second": (updates - before) / seconds}
+
+
+def updates_due(args: Args, step: int, done: int) -> int:
+    """Updates to make now, so that every timestep is replayed `train_ratio` times on average."""
+    start = max(args.learning_starts, args.batch_length * args.num_envs)
+    if step < start or not args.train_ratio:
+        return 0
+    return 1 + int((step - start) * args.train_ratio / (args.batch_size * args.batch_length)) - done
+
+
+def check_finite(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
+    """Metrics as numbers. Raises `runs.UserError` that names the first one that is not finite."""
+    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        raise runs.UserError(
+            f"{broken[0]} became {values[broken[0]]} at update {updates}; that step was not applied "
+            "and the last checkpoint is good. Look at the environment's rewards and observations, "
+            "or lower the learning rate, then --resume.")
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set in any process: all must leave the loop in the same turn."""
+    return bool(gather_ranks(torch.tensor([float(flag)], device=device)).any())
+
+
+def snapshot(agent: Agent, feeder: Feeder, step: int) -> dict:
+    """Everything that a resume needs besides the replay files, as tensors and plain data."""
+    mine = {"replay": feeder.state | {"count": feeder.replay.count},
+            "rng": runs.rng_state(agent.device)}
+    ranks = [mine]
+    if dist.is_initialized():
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+    return {"step": step, "updates": agent.updates, "agent": agent.state_dict(), "ranks": ranks,
+            "adam": {name: adam.state_dict()["state"] for name, adam in agent.optimizers().items()}}
+
+
+def restore(state: dict, agent: Agent, feeder: Feeder, rank: int, world: int) -> int:
+    """Undo `snapshot`; returns the timestep."""
+    if len(state["ranks"]) != world:
+        raise runs.UserError(f"the run was made by {len(state['ranks'])} processes, not {world}; "
+                             "start as many.")
+    agent.load_state_dict(state["agent"])
+    agent.updates = state["updates"]
+    for name, adam in agent.optimizers().items():  # learning rates are this call's, not the file's
+        adam.load_state_dict(adam.state_dict() | {"state": state["adam"][name]})
+    feeder.replay.load_state_dict(state["ranks"][rank]["replay"])
+    feeder.state = feeder.replay.state_dict()
+    runs.set_rng_state(state["ranks"][rank]["rng"], agent.device)
+    return state["step"]
+
+
+def random_action(spec: EnvSpec, num_envs: int) -> np.ndarray:
+    """Uniformly random actions (P, A): one-hot, or within [-1, 1]."""
+    if spec.discrete:
+        return np.eye(spec.action_dim, dtype=np.float32)[np.random.randint(spec.action_dim, size=num_envs)]
+    return np.random.uniform(-1, 1, (num_envs, spec.action_dim)).astype(np.float32)
+
+
+def greet(args: Args, run_dir: Path, replay: ReplayBuffer, agent: Agent) -> None:
+    """Say where the run is, what it will take, and how to make it comfortable."""
+    print(f"run directory: {run_dir}")
+    print(f"replay buffer: {args.buffer_size:,} timesteps, {replay.gibibytes:.2f} GiB on disk, reserved")
+    parameters = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+    print(f"agent: size {args.size}, {parameters / 1e6:.2f} million parameters on {agent.device}"
+          f"{' in bfloat16' if agent.bf16 else ''}")
+    updates = updates_due(args, args.total_timesteps, 0)
+    if agent.device.type == "cpu" and args.units > SIZES["XXS"]["units"]:
+        print(f"no GPU: {updates:,} updates of several seconds each are ahead; comfortable on a "
+              "laptop: --size XXS --train-ratio 64, or a vector environment such as CartPole-v1")
+
+
+def train(args: Args, run_dir: Path | None) -> None:
+    """The whole run: act, store, train, step. `run_dir` is the one to resume, or None."""
+    accelerator = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
+    rank, world, local_rank = runs.setup_distributed(accelerator)
+    device = torch.device(accelerator, local_rank) if accelerator == "cuda" else torch.device("cpu")
+    runs.seed_everything(args.seed, args.torch_deterministic)
+    saved = run_dir and runs.load_checkpoint(run_dir / "checkpoint.pt", SCRIPT, device)
+    seed = args.seed + 1_000 * rank + 1_000_000 * (saved["step"] if saved else 0)
+    envs = Envs(args.env_config, args.num_envs, seed, args.max_env_restarts, args.env_timeout,
+                args.env_seed)
+    agent = Agent(args, envs.spec, device)
+    run_dir = run_dir or open_run(args, rank)
+    replay_dir = Path(args.offline or run_dir) / "replay" / (f"rank{rank}" if world > 1 else "")
+    replay = ReplayBuffer(replay_dir, envs.spec, args.capacity, args.num_envs, seed)
+    feeder = Feeder(replay, device, args.batch_size // world, args.batch_length)
+    if rank:  # the same weights on every rank, but not the same draws
+        torch.manual_seed(seed)
+    step = restore(saved, agent, feeder, rank, world) if saved else 0
+    if rank == 0:
+        greet(args, run_dir, replay, agent)
+    logger = runs.Logger(run_dir, args.total_timesteps, step, rank == 0, args.track,
+                         args.wandb_project_name, asdict(args))
+    try:
+        with runs.GracefulExit() as stop:
+            run_loop(args, run_dir, envs, agent, feeder, logger, Progress(step), stop)
+    finally:
+        logger.close()
+        envs.close()
+    if rank == 0 and stop.requested:
+        print(f"stopped and saved; go on with: python {SCRIPT}.py --resume {run_dir}")
+
+
+def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder,
+             logger: runs.Logger, progress: Progress, stop: runs.GracefulExit) -> None:
+    """Act, store, train, step the environments, log; until done or told to stop."""
+    replay, spec = feeder.replay, envs.spec
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    obs, carry, metrics = envs.reset(), agent.blank_state(envs.num_envs), {}
+    idle = agent.blank_state(feeder.shape[0])
+    progress.speeds(agent.updates)
+    while progress.step < args.total_timesteps and not any_rank(stop.requested, agent.device):
+        # Act and store. The carry is kept up to date during the random phase, too.
+        carry = agent.act(obs, carry)
+        action = carry.action.cpu().numpy()
+        if progress.step < args.learning_starts:
+            action = random_action(spec, envs.num_envs)
+        action[obs.is_last] = 0  # nothing is chosen at the end of an episode
+        carry = carry._replace(action=torch.from_numpy(action).to(agent.device))
+        replay.add(obs, action)
+        progress.advance(envs.num_envs * world)
+
+        # Train. On a GPU all of this only queues work, which runs while the environments step.
+        for _ in range(updates_due(args, progress.step, agent.updates)):
+            metrics = agent.train_step(feeder.next(), idle)
+            feeder.prepare()
+            if agent.device.type == "cpu":
+                check_finite(metrics, agent.updates)
+        obs = envs.step(action)
+
+        # Log and save.
+        for env in np.flatnonzero(obs.is_last):
+            logger.scalars({"charts/episodic_return": obs.episode_return[env],
+                            "charts/episodic_length": obs.episode_length[env]}, progress.step)
+        if progress.due(args.log_every):
+            speeds = progress.speeds(agent.updates)
+            logger.scalars(speeds | check_finite(metrics, agent.updates), progress.step)
+            logger.progress(progress.step, updates=agent.updates)
+        if progress.due(args.video_every) and replay.windows(args.batch_length):
+            batch = replay.sample(1, args.batch_length, np.random.default_rng(progress.step))
+            logger.video("open_loop", video.side_by_side(open_loop(agent, batch, args.dream_context),
+                                                         args.dream_context), progress.step)
+        if progress.due(args.checkpoint_every):
+            save(run_dir, agent, feeder, progress.step, metrics)
+    save(run_dir, agent, feeder, progress.step, metrics)
+
+
+def save(run_dir: Path, agent: Agent, feeder: Feeder, step: int, metrics: dict[str, Tensor]) -> None:
+    """Replay to disk first, then the checkpoint that refers to it; never a broken state."""
+    if metrics:
+        check_finite(metrics, agent.updates)
+    feeder.replay.flush()
+    state = snapshot(agent, feeder, step)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        runs.save_checkpoint(run_dir / "checkpoint.pt", state, SCRIPT)
+
+
+def open_run(args: Args, rank: int) -> Path:
+    """Make a new run directory with its args.json; every rank gets the same one."""
+    name = [runs.create_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed) if rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(name)
+    if rank == 0:
+        runs.save_args(name[0], SCRIPT, asdict(args))
+    return name[0]
+
+
+def parse() -> tuple[Args, Path | None]:
+    """Arguments, and the run directory if one is to be used; flags given win over what it holds."""
+    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
+    given = args.resume or args.evaluate or args.dream
+    if not given:
+        return args, None
+    stored = runs.load_args(given, SCRIPT)
+    if unknown := stored.keys() - {field.name for field in fields(Args)}:
+        raise runs.UserError(f"{given}/args.json has settings that this version does not know: "
+                             f"{', '.join(sorted(unknown))}; use the version that wrote it.")
+    original = Args(**stored)
+    args = tyro.cli(Args, default=original)
+    for name in ("env_id", *SIZES["S"], "stoch", "classes", "bins", "num_envs", "buffer_size",
+                 "image_size", "grayscale"):
+        if getattr(args, name) != getattr(original, name) and not (args.evaluate and name == "num_envs"):
+            raise runs.UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit "
+                                 f"{given}, which was made with {getattr(original, name)}.")
+    return args, Path(given)
+
+
+def main() -> None:
+    """Train, resume, evaluate or dream; mistakes of the user get one line and exit status 1."""
+    try:
+        args, run_dir = parse()
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        if args.evaluate:
+            evaluate(args, run_dir)
+        elif args.dream:
+            dream(args, run_dir)
+        else:
+            train(args, run_dir)
+    except (runs.UserError, EnvError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Tiny environments whose every observation is known beforehand, and some that misbehave.
+
+Ids: `tests.fake_envs:Counting-v0` and so on, see the end of the file.
+"""
+
+import os
+import time
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+LENGTH = 5  # steps per episode, unless told otherwise
+
+
+class CountingEnv(gym.Env):
+    """Observations say when they are: (step of the episode, episode, step since construction).
+
+    `vector` holds these three numbers, `image` (8 x 8 x 3) holds them modulo 256 as its three
+    channels, both starting at (0, 0, 0). A step since construction is not counted by `reset`.
+    The reward is the step of the episode: 1, 2, ... LENGTH.
+
+    parts: "both" (a Dict), "image" or "vector". terminates: False ends by truncation.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(
+        self, parts="both", continuous=False, length=LENGTH, terminates=True, render_mode=None
+    ):
+        self.parts, self.length, self.terminates = parts, length, terminates
+        self.render_mode = render_mode
+        image = spaces.Box(0, 255, (8, 8, 3), np.uint8)
+        vector = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+        both = spaces.Dict(image=image, vector=vector)
+        self.observation_space = {"both": both, "image": image, "vector": vector}[parts]
+        box = spaces.Box(-1, 1, (2,), np.float32)
+        self.action_space = box if continuous else spaces.Discrete(3)
+        self.count = np.array([0, -1, 0])  # step of the episode, episode, step since construction
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = np.array([0, self.count[1] + 1, self.count[2]])
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.count = self.count + [1, 0, 1]
+        ends = bool(self.count[0] >= self.length)
+        reward = float(self.count[0])
+        return self.observe(), reward, ends and self.terminates, ends and not self.terminates, {}
+
+    def render(self):
+        return self.image()
+
+    def image(self):
+        return np.broadcast_to(self.count % 256, (8, 8, 3)).astype(np.uint8)
+
+    def observe(self):
+        vector = self.count.astype(np.float32)
+        return {"image": self.image(), "vector": vector} if self.parts == "both" else (
+            self.image() if self.parts == "image" else vector)
+
+
+class BrokenEnv(CountingEnv):
+    """A CountingEnv with one fault, at the third step of every episode if not said otherwise."""
+
+    def __init__(self, fault, **kwargs):
+        super().__init__(**kwargs)
+        self.fault = fault
+        if fault == "raise_init":
+            raise RuntimeError("no such\nlevel")
+
+    def reset(self, *, seed=None, options=None):
+        first_reset = self.count[1] < 0
+        if self.fault == "raise_first_reset" or (self.fault == "raise_reset" and not first_reset):
+            raise RuntimeError("cannot reset")
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        if self.count[0] == 3:
+            observation, reward = self.break_something(observation, reward)
+        return observation, reward, terminated, truncated, info
+
+    def break_something(self, observation, reward):
+        if self.fault == "raise":
+            raise RuntimeError("lost\nthe ball")
+        if self.fault == "sys_exit":
+            raise SystemExit(3)
+        if self.fault == "exit":
+            os._exit(1)
+        if self.fault == "hang":
+            time.sleep(3600)
+        image, vector = observation["image"], observation["vector"]
+        observation = {
+            "nan_obs": {"image": image, "vector": vector * np.nan},
+            "inf_obs": {"image": image, "vector": vector + np.inf},
+            "shape": {"image": image[:4], "vector": vector},
+            "dtype": {"image": image / 255.0, "vector": vector},
+            "missing": {"image": image},
+        }.get(self.fault, observation)
+        return observation, {"nan_reward": np.nan, "inf_reward": -np.inf}.get(self.fault, reward)
+
+
+class EchoEnv(gym.Env):
+    """The observation is the last action as the environment received it, flat; 0 at reset."""
+
+    def __init__(self, action_space=spaces.Discrete(2), render_mode=None):
+        self.action_space = action_space
+        size = int(np.prod(action_space.shape))
+        self.observation_space = spaces.Box(-np.inf, np.inf, (size,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(self.observation_space.shape, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return np.asarray(action, np.float32).reshape(-1), 0.0, False, False, {}
+
+
+class SampleEnv(gym.Env):
+    """Any observation space: each observation is a sample of it, kept in `given`."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, observation_space):
+        self.observation_space = observation_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.given = self.observation_space.sample()
+        return self.given, {}
+
+    def step(self, action):
+        self.given = self.observation_space.sample()
+        return self.given, 0.0, False, False, {}
+
+
+COUNTING = {
+    "Counting": {},
+    "CountingBox": {"continuous": True},
+    "CountingImage": {"parts": "image"},
+    "CountingVector": {"parts": "vector"},
+    "CountingTruncated": {"terminates": False},
+    "CountingBoxVector": {"continuous": True, "parts": "vector"},
+    "OneStep": {"length": 1},  # ends every episode at once
+}
+FAULTS = (
+    "raise", "raise_init", "raise_reset", "raise_first_reset", "sys_exit", "exit", "hang",
+    "nan_reward", "inf_reward", "nan_obs", "inf_obs", "shape", "dtype", "missing",
+)
+
+for name, kwargs in COUNTING.items():
+    gym.register(f"{name}-v0", entry_point=f"{__name__}:CountingEnv", kwargs=kwargs)
+for fault in FAULTS:  # "nan_reward" is NanReward-v0
+    name = fault.title().replace("_", "")
+    gym.register(f"{name}-v0", entry_point=f"{__name__}:BrokenEnv", kwargs={"fault": fault})
+gym.register("Echo-v0", entry_point=f"{__name__}:EchoEnv")
