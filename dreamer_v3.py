@@ -1,11 +1,11 @@
 """DreamerV3: mastering diverse domains through world models (arXiv 2301.04104v1), in one file.
 
-    python dreamer_v3.py --env-id MsPacmanNoFrameskip-v4         train (Atari-100k setting)
-    python dreamer_v3.py --env-id CartPole-v1 --size XXS         any Gymnasium environment
-    python dreamer_v3.py --resume RUN_DIR                        go on exactly where a run stopped
-    python dreamer_v3.py --evaluate RUN_DIR                      play fresh episodes, print the returns
-    python dreamer_v3.py --dream RUN_DIR                         GIF: happened | reconstructed | imagined
-    torchrun --nproc-per-node 2 dreamer_v3.py --env-id ...       several GPUs
+    python dreamer_v3.py --env-id MsPacmanNoFrameskip-v4      train (Atari-100k setting)
+    python dreamer_v3.py --env-id CartPole-v1 --size XXS      any Gymnasium environment
+    python dreamer_v3.py --resume RUN_DIR                     go on exactly where a run stopped
+    python dreamer_v3.py --evaluate RUN_DIR                   play fresh episodes, print the returns
+    python dreamer_v3.py --dream RUN_DIR                      happened | reconstructed | imagined
+    torchrun --nproc-per-node 2 dreamer_v3.py --env-id ...    several GPUs
 
 The agent learns a *world model* from replayed sequences: a recurrent state-space model (RSSM) that
 compresses observations into discrete codes and predicts the next code, reward and episode end. An
@@ -44,10 +44,10 @@ Time alignment. A row of the replay buffer holds what is known when the action i
     observation      x0       x1       x2           xn             | x0'
     reward           0        r1       r2           rn             | 0        received WITH x_t
     is_first         1        0        0            0              | 1
-    is_terminal      0        0        0            terminated?    | 0        a time limit is not one
+    is_terminal      0        0        0            terminated?    | 0        not at a time limit
     action           a0       a1       a2           zeros          | a0'      chosen AT x_t
 
-    replay      (h,z)_{t-1}, a_{t-1} -> h_t -> prior p(z_t|h_t);   h_t, x_t -> posterior q(z_t|h_t,x_t)
+    replay      (h,z)_{t-1}, a_{t-1} -> h_t;   h_t -> prior p(z_t|h_t);   h_t, x_t -> posterior
                 where is_first: (h,z)_{t-1} := learned initial state, a_{t-1} := 0
                 world-model loss: [t=0 ... t=T-1], every replayed step
     imagine     s_0 = a posterior state; a_t ~ actor(s_t); s_{t+1} ~ prior         t = 0 ... H
@@ -56,7 +56,7 @@ Time alignment. A row of the replay buffer holds what is known when the action i
                 critic    [v_0 ... v_{H-1}]   v_H only bootstraps, a_H is never taken
                 weights   w_t = gamma^t c_0 c_1 ... c_t     with c_0 the recorded 1 - is_terminal
 
-Deviation (from the authors' code, danijar/dreamerv3 of June 2023; each is repeated where it happens)
+Deviation (from the authors' code, danijar/dreamerv3 of June 2023)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
     * The unused prior sample of the replay loop is not drawn.
     * bfloat16 instead of float16 with loss scaling; the state that is carried stays in float32.
@@ -67,11 +67,9 @@ Deviation (from the authors' code, danijar/dreamerv3 of June 2023; each is repea
 # ---------------------------------------------------------------------------------------- 1 imports
 import math
 import mmap
-import os
 import sys
-import time
 from collections import deque
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -80,11 +78,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 from common import runs, video
+from common.cli import check_numbers, parse
 from common.envs import EnvConfig, EnvError, Envs, EnvSpec, EnvStep, default_action_repeat
+from common.loop import Progress, any_rank, finite
 from common.maths import symexp, symlog
 
 SCRIPT = "dreamer_v3"
@@ -281,18 +280,11 @@ class Args:
 
     def check(self) -> None:
         """Raise `runs.UserError`, one line, for a value that cannot work."""
-        may_be_zero = {"seed", "env_seed", "eval_env_seed", "threads", "video_every", "max_episode_steps", "noop_max", "unimix",
-                       "beta_pred", "beta_dyn", "beta_rep", "free_bits", "train_ratio", "lambda_",
-                       "learning_starts", "max_env_restarts", "critic_ema_decay", "actor_entropy",
-                       "critic_ema_regularizer", "return_norm_low", "return_norm_decay"}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            if not math.isfinite(value) or value < 0 or (value == 0 and field.name not in may_be_zero):
-                flag = "--" + field.name.strip("_").replace("_", "-")
-                raise runs.UserError(f"{flag} is {value}; it must be "
-                                     f"{'at least 0' if field.name in may_be_zero else 'above 0'}.")
+        check_numbers(self, may_be_zero={
+            "seed", "env_seed", "eval_env_seed", "threads", "video_every", "max_episode_steps",
+            "noop_max", "unimix", "beta_pred", "beta_dyn", "beta_rep", "free_bits", "train_ratio",
+            "lambda_", "learning_starts", "max_env_restarts", "critic_ema_decay", "actor_entropy",
+            "critic_ema_regularizer", "return_norm_low", "return_norm_decay"})
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
             raise runs.UserError(f"--image-size is {self.image_size}; use 8, 16, 32, 64, 128, ...")
         if self.batch_length > self.capacity:
@@ -340,11 +332,12 @@ class ReplayBuffer:
 
     What makes a resume exact: `count` comes from the checkpoint, while the rows that the killed
     process wrote after it have already replaced the oldest ones. `rows.npy` = [begun, complete]
-    lies beside the rings; `begun` never goes back, so no new row is taken for the old one it replaced.
+    lies beside the rings; `begun` never goes back, so no row is taken for the one it replaced.
     """
 
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int):
-        """Open the rings in `folder`, or make them. Raises `runs.UserError` if the disk is full."""
+        """Open the rings in `folder`, or make them. Raises `runs.UserError` if the disk is full
+        or if the files are those of another environment or of other settings."""
         self.capacity, self.num_envs = capacity, num_envs
         self.rng = np.random.default_rng(seed)
         layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
@@ -353,8 +346,9 @@ class ReplayBuffer:
             layout["image"] = (np.uint8, spec.image_shape)
         if spec.vector_dim:
             layout["vector"] = (np.float32, (spec.vector_dim,))
-        self.rings = {name: runs.open_array(folder / f"{name}.npy", dtype, (num_envs, capacity, *shape))
-                      for name, (dtype, shape) in layout.items()}
+        self.rings = {
+            name: runs.open_array(folder / f"{name}.npy", dtype, (num_envs, capacity, *shape))
+            for name, (dtype, shape) in layout.items()}
         self.rows = runs.open_array(folder / "rows.npy", np.int64, (2,))
         self.count = int(self.rows[1])
         self.gibibytes = sum(ring.nbytes for ring in self.rings.values()) / 2**30
@@ -402,22 +396,28 @@ class ReplayBuffer:
             raise runs.UserError("the replay files are older than the checkpoint; restore both "
                                  "from the same copy of the run directory.")
         self.count, self.rng.bit_generator.state = state["count"], state["rng"]
-        self.rows[1] = self.count
 
 
 class Feeder:
     """Batches for the device, each sampled and copied while the update before it still runs.
 
-    `state` is the sampler's state before the waiting batch was drawn: a resume draws it again.
+    A batch that waits at a checkpoint is drawn again by the resume: `state` holds the sampler as it
+    was before.
     """
 
     def __init__(self, replay: ReplayBuffer, device: torch.device, batch_size: int, length: int):
         self.replay, self.device, self.shape = replay, device, (batch_size, length)
-        self.waiting, self.state = None, replay.state_dict()
+        self.waiting, self.rng_state = None, None
+
+    @property
+    def state(self) -> dict:
+        """The replay's part of the checkpoint, with the sampler as a resume needs it."""
+        waiting = {"rng": self.rng_state} if self.waiting else {}
+        return self.replay.state_dict() | waiting
 
     def prepare(self) -> None:
         """Draw the next batch now. On a GPU this returns before the copy is done."""
-        self.state = self.replay.state_dict()
+        self.rng_state = self.replay.rng.bit_generator.state
         batch = self.replay.sample(*self.shape, self.replay.rng)
         if self.device.type == "cuda":
             batch = Batch(*(x if x is None else x.pin_memory().to(self.device, non_blocking=True)
@@ -523,8 +523,9 @@ class TwoHot:
         The weight is split between the two neighbouring buckets, more for the nearer one; a value
         out of range puts all of it on the end bucket.
         """
-        target = symlog(value).clamp(self.buckets[0], self.buckets[-1])
-        above = torch.searchsorted(self.buckets, target, right=True).clamp(max=len(self.buckets) - 1)
+        last = len(self.buckets) - 1
+        target = symlog(value).clamp(self.buckets[0], self.buckets[last])
+        above = torch.searchsorted(self.buckets, target, right=True).clamp(max=last)
         below = above - 1
         low, high = self.buckets[below], self.buckets[above]
         share = (target - low) / (high - low)
@@ -819,7 +820,8 @@ class Actor(nn.Module):
     def forward(self, feat: Tensor) -> Tensor:
         """(..., F) -> parameters of the policy (..., A), or (..., 2A) for continuous actions."""
         x = self.mlp(feat)
-        return self.out(x).float() if self.discrete else torch.cat([self.out(x), self.std(x)], -1).float()
+        output = self.out(x) if self.discrete else torch.cat([self.out(x), self.std(x)], -1)
+        return output.float()
 
     def policy(self, output: Tensor) -> OneHot | Gaussian:
         """Distribution of actions from `forward`'s output.
@@ -840,8 +842,8 @@ class ReturnScale(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         self.decay, self.limit = args.return_norm_decay, args.return_norm_limit
-        self.register_buffer("percentiles", torch.tensor([args.return_norm_low, args.return_norm_high]),
-                             persistent=False)
+        percentiles = torch.tensor([args.return_norm_low, args.return_norm_high])
+        self.register_buffer("percentiles", percentiles, persistent=False)
         self.register_buffer("range", torch.zeros(2))  # starts at 0, no bias correction
 
     @torch.no_grad()
@@ -871,10 +873,10 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     feat = torch.cat([deter, stoch], -1)  # (T, B, F)
 
     losses = {}
-    if batch.image is not None:  # a Gaussian of variance 1/2 up to a constant: summed, no factor 1/2
+    if batch.image is not None:  # summed over pixels, no factor 1/2 (authors' code)
         error = model.decoder.image(feat) - batch.image / 255  # (T, B, I, I, C)
         losses["image"] = args.beta_pred * error.square().sum((-3, -2, -1))
-    if batch.vector is not None:  # [V3-1] Eq. 1, summed, no factor 1/2 in the authors' code
+    if batch.vector is not None:  # [V3-1] Eq. 1, but no factor 1/2 (authors' code)
         squared = (model.decoder.vector(feat) - symlog(batch.vector)).square()  # (T, B, V)
         close = squared < 1e-8  # from the authors' code: near enough is right
         losses["vector"] = args.beta_pred * squared.masked_fill(close, 0).sum(-1)
@@ -935,8 +937,8 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, value: Te
                weight: Tensor, scale: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Loss of the actor as a scalar, and the policy's entropy (H, N). Eq. 11. [V3-5]
 
-        discrete      L = -sum_t w_t ( ln pi(a_t|s_t) sg((R_t - v_t) / max(1, S)) + eta H[pi(.|s_t)] )
-        continuous    L = -sum_t w_t (                   (R_t - v_t) / max(1, S)  + eta H[pi(.|s_t)] )
+        discrete      L = -sum_t w_t ( ln pi(a_t|s_t) sg((R_t - v_t) / max(1, S)) + eta H[pi] )
+        continuous    L = -sum_t w_t (                   (R_t - v_t) / max(1, S)  + eta H[pi] )
 
     For continuous actions the gradient flows back through reward, value and dynamics, the
     baseline v_t included (authors' code). `ret`, `value` and `weight` are (H, N).
@@ -948,19 +950,20 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, value: Te
     return -(weight * (advantage + args.actor_entropy * entropy)).mean(), entropy
 
 
-def critic_loss(dist: TwoHot, slow_value: Tensor, ret: Tensor, weight: Tensor, args: Args) -> Tensor:
+def critic_loss(value_dist: TwoHot, slow_value: Tensor, ret: Tensor, weight: Tensor,
+                args: Args) -> Tensor:
     """Loss of the critic as a scalar, Eq. 10, plus the pull towards its slow copy. [V3-6]
 
         L = -sum_t w_t ( ln p(R_t|s_t) + ln p(v'_t|s_t) )        v' the mean of the slow critic
     """
-    log_prob = dist.log_prob(ret.detach())  # (H, N)
-    towards_slow = dist.log_prob(slow_value)  # (H, N)
+    log_prob = value_dist.log_prob(ret.detach())  # (H, N)
+    towards_slow = value_dist.log_prob(slow_value)  # (H, N)
     return -(weight * (log_prob + args.critic_ema_regularizer * towards_slow)).mean()
 
 
 # ----------------------------------------------------------------------------------------- 9 agent
 def gather_ranks(x: Tensor) -> Tensor:
-    """Concatenate x (n,) of all processes; several GPUs must see the statistics of the whole batch."""
+    """Concatenate x (n,) of all processes: statistics must be those of the whole batch."""
     if not dist.is_initialized():
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -1004,7 +1007,8 @@ def average_over_ranks(grads: tuple[Tensor, ...]) -> None:
     if dist.is_initialized():
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
-        for grad, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads])):
+        means = (flat / dist.get_world_size()).split([grad.numel() for grad in grads])
+        for grad, mean in zip(grads, means):
             grad.copy_(mean.view_as(grad))
 
 
@@ -1027,7 +1031,7 @@ class Agent(nn.Module):
                                    args.actor_clip)
         self.critic_opt = Optimizer(self.critic.parameters(), args.critic_lr, args.critic_eps,
                                     args.critic_clip)
-        self.updates = 0
+        self.updates, self.metrics = 0, {}
         self.bf16 = use_bf16(args, device)
 
     def train_step(self, batch: Batch, carry: State) -> dict[str, Tensor]:
@@ -1037,17 +1041,19 @@ class Agent(nn.Module):
         from the posterior states that the *old* one inferred.
         """
         with self.autocast():
-            losses, deter, stoch, stats = world_model_loss(self.world_model, batch, carry, self.args)
+            losses, deter, stoch, stats = world_model_loss(self.world_model, batch, carry,
+                                                           self.args)
         model_loss = sum(losses.values()).mean()
         model_norm = self.model_opt.step(model_loss)
         metrics = {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
         metrics |= stats | {"loss/model": model_loss.detach(), "grad_norm/model": model_norm}
         alive = (~batch.is_terminal).float()
-        return metrics | self.train_actor_critic(deter.flatten(0, 1), stoch.flatten(0, 1),
-                                                 alive.flatten())
+        self.metrics = metrics | self.train_actor_critic(deter.flatten(0, 1), stoch.flatten(0, 1),
+                                                         alive.flatten())
+        return self.metrics
 
     def train_actor_critic(self, deter: Tensor, stoch: Tensor, alive: Tensor) -> dict[str, Tensor]:
-        """Imagine from deter (N, D) and stoch (N, Z); `alive` (N,) is the recorded continue flag."""
+        """Imagine from deter (N, D) and stoch (N, Z); alive (N,) is 1 - is_terminal there."""
         args, model = self.args, self.world_model
         with self.autocast():
             feat, action, output = imagine(model, self.actor, deter, stoch, args.horizon)
@@ -1081,7 +1087,8 @@ class Agent(nn.Module):
     def update_slow_critic(self) -> None:
         """Move the slow critic towards the critic; the first time, all the way (authors' code)."""
         share = 1.0 if self.updates == 0 else 1 - self.args.critic_ema_decay
-        torch._foreach_lerp_(list(self.slow_critic.parameters()), list(self.critic.parameters()), share)
+        slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
+        torch._foreach_lerp_(slow, fast, share)
         self.updates += 1
 
     @torch.no_grad()
@@ -1099,7 +1106,7 @@ class Agent(nn.Module):
         return State(deter[0], stoch[0], policy.sample() if sample else policy.mode())
 
     def blank_state(self, rows: int) -> State:
-        """Zeros; every sequence begins with is_first, which puts the learned state in their place."""
+        """Zeros; a sequence begins with is_first, which puts the learned state in their place."""
         return State(*(torch.zeros(rows, width, device=self.device) for width in (
             self.args.deter, self.args.stoch * self.args.classes, self.spec.action_dim)))
 
@@ -1137,11 +1144,12 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
     feats = torch.stack([feat[:, :1], torch.stack(imag_feat)[:, :1]])
     names = ["what happened", "reconstruction", "imagination"]
     if batch.image is None:
-        decoded = symexp(model.decoder.vector(feats))[:, :, 0]  # (2, T, V)
-        return dict(zip(names, video.curves(torch.stack([batch.vector[:, 0], *decoded]).cpu().numpy())))
-    decoded = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]  # (2, T, I, I, C)
-    pixels = (decoded.clamp(0, 1) * 255).round().byte()
-    return dict(zip(names, torch.stack([batch.image[:, 0], *pixels]).cpu().numpy()))
+        vectors = symexp(model.decoder.vector(feats))[:, :, 0]
+        vectors = torch.stack([batch.vector[:, 0], *vectors])
+        return dict(zip(names, video.curves(vectors.cpu().numpy())))
+    images = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]
+    images = torch.stack([batch.image[:, 0], *(images.clamp(0, 1) * 255).round().byte()])
+    return dict(zip(names, images.cpu().numpy()))
 
 
 def load_agent(args: Args, run_dir: Path, spec: EnvSpec) -> Agent:
@@ -1175,13 +1183,14 @@ def evaluate(args: Args, run_dir: Path) -> list[float]:
     num_envs = min(args.num_envs, args.eval_episodes)
     envs, returns = evaluation_envs(args, num_envs), []
     agent = load_agent(args, run_dir, envs.spec)
-    # Every environment plays its share: counting whoever finishes first would favour short episodes.
+    # Every environment plays its share: to count who finishes first would favour short episodes.
     left = np.array([len(part) for part in np.array_split(range(args.eval_episodes), num_envs)])
     for obs, _ in play(args, agent, envs):
         for env in np.flatnonzero(obs.is_last & (left > 0)):
             left[env] -= 1
             returns.append(float(obs.episode_return[env]))
-            print(f"episode {len(returns)}: return {returns[-1]:g}, length {obs.episode_length[env]}")
+            print(f"episode {len(returns)}: return {returns[-1]:g}, "
+                  f"length {obs.episode_length[env]}")
         if not left.any():
             break
     envs.close()
@@ -1204,7 +1213,8 @@ def dream(args: Args, run_dir: Path) -> list[Path]:
     middle = max(0, (len(recorded) - length) // 2)  # the first frames are often a still picture
     steps, actions = zip(*list(recorded)[middle:middle + length])
     if len(steps) <= args.dream_context:
-        raise runs.UserError(f"the episode ended after {len(steps)} timesteps; lower --dream-context.")
+        raise runs.UserError(f"the episode ended after {len(steps)} timesteps; "
+                             "lower --dream-context.")
     arrays = {name: np.stack([getattr(step, name) for step in steps]) for name in Batch._fields
               if name != "action" and getattr(steps[0], name) is not None}
     arrays["is_first"][0] = True
@@ -1230,115 +1240,55 @@ def use_bf16(args: Args, device: torch.device) -> bool:
     return native and args.units >= 256
 
 
-class Progress:
-    """Counts timesteps and tells when something is due every so many of them."""
-
-    def __init__(self, step: int):
-        self.step, self.before = step, step
-        self.clock, self.marks = time.perf_counter(), (step, 0)
-
-    def advance(self, timesteps: int) -> None:
-        """One turn of the main loop."""
-        self.before, self.step = self.step, self.step + timesteps
-
-    def due(self, every: int) -> bool:
-        """Whether this turn crossed a multiple of `every`."""
-        return every > 0 and self.step // every > self.before // every
-
-    def speeds(self, updates: int) -> dict[str, float]:
-        """Timesteps and updates per second since the last call."""
-        seconds, (step, before) = time.perf_counter() - self.clock, self.marks
-        self.clock, self.marks = time.perf_counter(), (self.step, updates)
-        return {"charts/SPS": (self.step - step) / seconds,
-                "charts/updates_per_second": (updates - before) / seconds}
-
-
 def updates_due(args: Args, step: int, done: int) -> int:
-    """Updates to make now, so that every timestep is replayed `train_ratio` times on average."""
+    """Updates to make now, so that every timestep is replayed `train_ratio` times on average.
+
+    The first one comes as soon as there is a window to replay (authors' code).
+    """
     start = max(args.learning_starts, args.batch_length * args.num_envs)
     if step < start or not args.train_ratio:
         return 0
     return 1 + int((step - start) * args.train_ratio / (args.batch_size * args.batch_length)) - done
 
 
-def check_finite(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
-    """Metrics as numbers. Raises `runs.UserError` that names the first one that is not finite."""
-    values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
-    if broken:
-        raise runs.UserError(
-            f"{broken[0]} became {values[broken[0]]} at update {updates}; that step was not applied "
-            "and the last checkpoint is good. Look at the environment's rewards and observations, "
-            "or lower the learning rate, then --resume.")
-    return values
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set in any process: all must leave the loop in the same turn."""
-    return bool(gather_ranks(torch.tensor([float(flag)], device=device)).any())
-
-
-def snapshot(agent: Agent, feeder: Feeder, step: int) -> dict:
-    """Everything that a resume needs besides the replay files, as tensors and plain data."""
-    mine = {"replay": feeder.state | {"count": feeder.replay.count},
-            "rng": runs.rng_state(agent.device)}
-    ranks = [mine]
-    if dist.is_initialized():
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
-    return {"step": step, "updates": agent.updates, "agent": agent.state_dict(), "ranks": ranks,
-            "adam": {name: adam.state_dict()["state"] for name, adam in agent.optimizers().items()}}
-
-
-def restore(state: dict, agent: Agent, feeder: Feeder, rank: int, world: int) -> int:
-    """Undo `snapshot`; returns the timestep."""
-    if len(state["ranks"]) != world:
-        raise runs.UserError(f"the run was made by {len(state['ranks'])} processes, not {world}; "
-                             "start as many.")
-    agent.load_state_dict(state["agent"])
-    agent.updates = state["updates"]
-    for name, adam in agent.optimizers().items():  # learning rates are this call's, not the file's
-        adam.load_state_dict(adam.state_dict() | {"state": state["adam"][name]})
-    feeder.replay.load_state_dict(state["ranks"][rank]["replay"])
-    feeder.state = feeder.replay.state_dict()
-    runs.set_rng_state(state["ranks"][rank]["rng"], agent.device)
-    return state["step"]
-
-
 def random_action(spec: EnvSpec, num_envs: int) -> np.ndarray:
     """Uniformly random actions (P, A): one-hot, or within [-1, 1]."""
     if spec.discrete:
-        return np.eye(spec.action_dim, dtype=np.float32)[np.random.randint(spec.action_dim, size=num_envs)]
+        chosen = np.random.randint(spec.action_dim, size=num_envs)
+        return np.eye(spec.action_dim, dtype=np.float32)[chosen]
     return np.random.uniform(-1, 1, (num_envs, spec.action_dim)).astype(np.float32)
 
 
-def greet(args: Args, run_dir: Path, replay: ReplayBuffer, agent: Agent) -> None:
-    """Say where the run is, what it will take, and how to make it comfortable."""
-    print(f"run directory: {run_dir}")
-    print(f"replay buffer: {args.buffer_size:,} timesteps, {replay.gibibytes:.2f} GiB on disk, reserved")
-    parameters = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-    print(f"agent: size {args.size}, {parameters / 1e6:.2f} million parameters on {agent.device}"
-          f"{' in bfloat16' if agent.bf16 else ''}")
-    updates = updates_due(args, args.total_timesteps, 0)
-    if agent.device.type == "cpu" and args.units > SIZES["XXS"]["units"]:
-        print(f"no GPU: {updates:,} updates of several seconds each are ahead; comfortable on a "
-              "laptop: --size XXS --train-ratio 64, or a vector environment such as CartPole-v1")
+def collect(agent: Agent, envs: Envs, replay: ReplayBuffer, carry: State | None,
+            explore: bool) -> tuple[EnvStep, State]:
+    """Step the environments with the last action, choose the next one, store the row.
+
+    `carry` is None at first; with `explore` the action is random, but the state is kept up to date.
+    """
+    if carry is None:
+        obs, carry = envs.reset(), agent.blank_state(envs.num_envs)
+    else:
+        obs = envs.step(carry.action.cpu().numpy())
+    carry = agent.act(obs, carry)
+    action = random_action(agent.spec, envs.num_envs) if explore else carry.action.cpu().numpy()
+    action[obs.is_last] = 0  # at the end of an episode nothing is chosen
+    replay.add(obs, action)
+    return obs, carry._replace(action=torch.from_numpy(action).to(agent.device))
 
 
 def train(args: Args, run_dir: Path | None) -> None:
-    """The whole run: act, store, train, step. `run_dir` is the one to resume, or None."""
+    """The whole run, or the rest of the one in `run_dir`."""
     accelerator = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
     rank, world, local_rank = runs.setup_distributed(accelerator)
     device = torch.device(accelerator, local_rank) if accelerator == "cuda" else torch.device("cpu")
     runs.seed_everything(args.seed, args.torch_deterministic)
-    saved = run_dir and runs.load_checkpoint(run_dir / "checkpoint.pt", SCRIPT, device)
+    saved = runs.load_checkpoint(run_dir / "checkpoint.pt", SCRIPT, device) if run_dir else None
     seed = args.seed + 1_000 * rank + 1_000_000 * (saved["step"] if saved else 0)
     envs = Envs(args.env_config, args.num_envs, seed, args.max_env_restarts, args.env_timeout,
                 args.env_seed)
     agent = Agent(args, envs.spec, device)
     run_dir = run_dir or open_run(args, rank)
-    replay_dir = Path(args.offline or run_dir) / "replay" / (f"rank{rank}" if world > 1 else "")
-    replay = ReplayBuffer(replay_dir, envs.spec, args.capacity, args.num_envs, seed)
+    replay = open_replay(args, run_dir, envs.spec, rank if world > 1 else None)
     feeder = Feeder(replay, device, args.batch_size // world, args.batch_length)
     if rank:  # the same weights on every rank, but not the same draws
         torch.manual_seed(seed)
@@ -1347,9 +1297,15 @@ def train(args: Args, run_dir: Path | None) -> None:
         greet(args, run_dir, replay, agent)
     logger = runs.Logger(run_dir, args.total_timesteps, step, rank == 0, args.track,
                          args.wandb_project_name, asdict(args))
+    progress = Progress(step, agent.updates)
     try:
         with runs.GracefulExit() as stop:
-            run_loop(args, run_dir, envs, agent, feeder, logger, Progress(step), stop)
+            save(run_dir, agent, feeder, step)  # so that there is always something to resume
+            run_loop(args, run_dir, envs, agent, feeder, logger, stop, progress)
+            save(run_dir, agent, feeder, progress.step)
+    except EnvError:  # the environment is broken, what was learnt is not
+        save(run_dir, agent, feeder, progress.step)
+        raise
     finally:
         logger.close()
         envs.close()
@@ -1358,101 +1314,121 @@ def train(args: Args, run_dir: Path | None) -> None:
 
 
 def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder,
-             logger: runs.Logger, progress: Progress, stop: runs.GracefulExit) -> None:
-    """Act, store, train, step the environments, log; until done or told to stop."""
-    replay, spec = feeder.replay, envs.spec
+             logger: runs.Logger, stop: runs.GracefulExit, progress: Progress) -> None:
+    """Act, store, train, log, save; until the last timestep or until told to stop."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    obs, carry, metrics = envs.reset(), agent.blank_state(envs.num_envs), {}
-    idle = agent.blank_state(feeder.shape[0])
-    progress.speeds(agent.updates)
+    episodes = video.EpisodeVideos(run_dir / "videos")
+    carry, idle = None, agent.blank_state(feeder.shape[0])
     while progress.step < args.total_timesteps and not any_rank(stop.requested, agent.device):
-        # Act and store. The carry is kept up to date during the random phase, too.
-        carry = agent.act(obs, carry)
-        action = carry.action.cpu().numpy()
-        if progress.step < args.learning_starts:
-            action = random_action(spec, envs.num_envs)
-        action[obs.is_last] = 0  # nothing is chosen at the end of an episode
-        carry = carry._replace(action=torch.from_numpy(action).to(agent.device))
-        replay.add(obs, action)
         progress.advance(envs.num_envs * world)
+        if not args.offline:
+            explore = progress.step <= args.learning_starts
+            obs, carry = collect(agent, envs, feeder.replay, carry, explore)
+            for env in np.flatnonzero(obs.is_last):
+                logger.scalars({"charts/episodic_return": obs.episode_return[env],
+                                "charts/episodic_length": obs.episode_length[env]}, progress.step)
+            if args.capture_video:
+                episodes.add(envs.render, obs.is_first[0])
 
-        # Train. On a GPU all of this only queues work, which runs while the environments step.
+        # On a GPU this only queues work, which runs while the environments take their next step.
         for _ in range(updates_due(args, progress.step, agent.updates)):
-            metrics = agent.train_step(feeder.next(), idle)
+            agent.train_step(feeder.next(), idle)
             feeder.prepare()
             if agent.device.type == "cpu":
-                check_finite(metrics, agent.updates)
-        obs = envs.step(action)
+                finite(agent.metrics, agent.updates)
 
-        # Log and save.
-        for env in np.flatnonzero(obs.is_last):
-            logger.scalars({"charts/episodic_return": obs.episode_return[env],
-                            "charts/episodic_length": obs.episode_length[env]}, progress.step)
         if progress.due(args.log_every):
             speeds = progress.speeds(agent.updates)
-            logger.scalars(speeds | check_finite(metrics, agent.updates), progress.step)
+            logger.scalars(speeds | finite(agent.metrics, agent.updates), progress.step)
             logger.progress(progress.step, updates=agent.updates)
-        if progress.due(args.video_every) and replay.windows(args.batch_length):
-            batch = replay.sample(1, args.batch_length, np.random.default_rng(progress.step))
-            logger.video("open_loop", video.side_by_side(open_loop(agent, batch, args.dream_context),
-                                                         args.dream_context), progress.step)
+        if progress.due(args.video_every) and agent.updates:
+            batch = feeder.replay.sample(1, args.batch_length, np.random.default_rng(progress.step))
+            panels = open_loop(agent, batch, min(args.dream_context, args.batch_length - 1))
+            logger.video("open_loop", video.side_by_side(panels, args.dream_context), progress.step)
         if progress.due(args.checkpoint_every):
-            save(run_dir, agent, feeder, progress.step, metrics)
-    save(run_dir, agent, feeder, progress.step, metrics)
+            save(run_dir, agent, feeder, progress.step)
+    episodes.close()
 
 
-def save(run_dir: Path, agent: Agent, feeder: Feeder, step: int, metrics: dict[str, Tensor]) -> None:
-    """Replay to disk first, then the checkpoint that refers to it; never a broken state."""
-    if metrics:
-        check_finite(metrics, agent.updates)
-    feeder.replay.flush()
-    state = snapshot(agent, feeder, step)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        runs.save_checkpoint(run_dir / "checkpoint.pt", state, SCRIPT)
+def open_replay(args: Args, run_dir: Path, spec: EnvSpec, rank: int | None) -> ReplayBuffer:
+    """The replay of this run, or with --offline that of another, whose files are left alone."""
+    part = "" if rank is None else f"rank{rank}"
+    if not args.offline:
+        return ReplayBuffer(run_dir / "replay" / part, spec, args.capacity, args.num_envs,
+                            args.seed + (rank or 0))
+    folder = Path(args.offline) / "replay" / part
+    num_envs, capacity = runs.array_shape(folder / "reward.npy")
+    replay = ReplayBuffer(folder, spec, capacity, num_envs, args.seed + (rank or 0))
+    if not replay.windows(args.batch_length):
+        raise runs.UserError(f"{folder} holds {replay.count} rows per environment, fewer than "
+                             f"--batch-length {args.batch_length}.")
+    return replay
 
 
 def open_run(args: Args, rank: int) -> Path:
     """Make a new run directory with its args.json; every rank gets the same one."""
-    name = [runs.create_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed) if rank == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(name)
+    shared = [None]
     if rank == 0:
-        runs.save_args(name[0], SCRIPT, asdict(args))
-    return name[0]
+        shared = [runs.create_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)]
+        runs.save_args(shared[0], SCRIPT, asdict(args))
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    return shared[0]
 
 
-def parse() -> tuple[Args, Path | None]:
-    """Arguments, and the run directory if one is to be used; flags given win over what it holds."""
-    args = tyro.cli(Args, description=__doc__.partition("\n")[0])
-    given = args.resume or args.evaluate or args.dream
-    if not given:
-        return args, None
-    stored = runs.load_args(given, SCRIPT)
-    if unknown := stored.keys() - {field.name for field in fields(Args)}:
-        raise runs.UserError(f"{given}/args.json has settings that this version does not know: "
-                             f"{', '.join(sorted(unknown))}; use the version that wrote it.")
-    original = Args(**stored)
-    args = tyro.cli(Args, default=original)
-    for name in ("env_id", *SIZES["S"], "stoch", "classes", "bins", "num_envs", "buffer_size",
-                 "image_size", "grayscale"):
-        if getattr(args, name) != getattr(original, name) and not (args.evaluate and name == "num_envs"):
-            raise runs.UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not fit "
-                                 f"{given}, which was made with {getattr(original, name)}.")
-    return args, Path(given)
+def greet(args: Args, run_dir: Path, replay: ReplayBuffer, agent: Agent) -> None:
+    """Say where the run is, what it will take, and how to make it comfortable."""
+    millions = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
+    print(f"run directory: {run_dir}")
+    print(f"replay buffer: {args.buffer_size:,} timesteps, {replay.gibibytes:.2f} GiB of disk")
+    print(f"agent: size {args.size}, {millions:.2f} million parameters, on {agent.device}"
+          f"{' in bfloat16' if agent.bf16 else ''}")
+    if agent.device.type == "cpu" and args.units > SIZES["XXS"]["units"]:
+        print(f"no GPU: {updates_due(args, args.total_timesteps, 0):,} updates of seconds each are "
+              "ahead, for days; comfortable on a laptop: --size XXS --train-ratio 64, or a vector "
+              "environment such as CartPole-v1")
+
+
+def save(run_dir: Path, agent: Agent, feeder: Feeder, step: int) -> None:
+    """Replay rows to disk first, then the checkpoint that refers to them; never a broken state."""
+    finite(agent.metrics, agent.updates)
+    feeder.replay.flush()
+    mine = {"replay": feeder.state, "rng": runs.rng_state(agent.device)}
+    ranks = [mine]
+    if dist.is_initialized():
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+        if dist.get_rank() > 0:
+            return
+    adam = {name: adam.state_dict()["state"] for name, adam in agent.optimizers().items()}
+    state = {"step": step, "updates": agent.updates, "agent": agent.state_dict(), "adam": adam}
+    runs.save_checkpoint(run_dir / "checkpoint.pt", state | {"ranks": ranks}, SCRIPT)
+
+
+def restore(saved: dict, agent: Agent, feeder: Feeder, rank: int, world: int) -> int:
+    """Undo `save`; returns the timestep."""
+    if len(saved["ranks"]) != world:
+        raise runs.UserError(f"the run was made by {len(saved['ranks'])} processes, not {world}; "
+                             "start as many.")
+    agent.load_state_dict(saved["agent"])
+    agent.updates = saved["updates"]
+    for name, adam in agent.optimizers().items():  # learning rates are this call's, not the file's
+        adam.load_state_dict(adam.state_dict() | {"state": saved["adam"][name]})
+    feeder.replay.load_state_dict(saved["ranks"][rank]["replay"])
+    runs.set_rng_state(saved["ranks"][rank]["rng"], agent.device)
+    return saved["step"]
 
 
 def main() -> None:
     """Train, resume, evaluate or dream; mistakes of the user get one line and exit status 1."""
+    fixed = {"env_id", "size", *SIZES["S"], "stoch", "classes", "bins", "num_envs", "buffer_size",
+             "image_size", "grayscale"}
     try:
-        args, run_dir = parse()
+        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], fixed)
         if args.threads:
             torch.set_num_threads(args.threads)
-        if args.evaluate:
-            evaluate(args, run_dir)
-        elif args.dream:
-            dream(args, run_dir)
-        else:
-            train(args, run_dir)
+        mode = evaluate if args.evaluate else dream if args.dream else train
+        mode(args, run_dir)
     except (runs.UserError, EnvError) as error:
         sys.exit(f"error: {error}")
     finally:

@@ -6,6 +6,7 @@ With several processes only rank 0 makes files; the others give their Logger ena
 import errno
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from common.video import gif_bytes
 
-FORMAT_VERSION = 1                                         # layout of args.json and checkpoint.pt
+FORMAT_VERSION = 1  # layout of args.json and checkpoint.pt
 CURES = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space in your disk quota",
          errno.EFBIG: "raise the file-size limit (ulimit -f)"}
 
@@ -59,7 +60,7 @@ def _replace_when_done(path: Path):
 
     Killed at any moment, `path` holds all of the old content or all of the new.
     """
-    temporary = path.with_name(path.name + ".tmp")         # a fixed name: leftovers do not pile up
+    temporary = path.with_name(path.name + ".tmp")  # a fixed name: leftovers do not pile up
     with _explain_write(path, f"the previous {path.name} is intact" if path.exists() else ""):
         try:
             with open(temporary, "wb") as file:
@@ -67,13 +68,13 @@ def _replace_when_done(path: Path):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:                              # an interrupt as well
+        except BaseException:  # an interrupt as well
             temporary.unlink(missing_ok=True)
             raise
-    with suppress(OSError):                                # Windows cannot sync a directory
+    with suppress(OSError):  # Windows cannot sync a directory
         directory = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)                            # or a power cut undoes the rename
+            os.fsync(directory)  # or a power cut undoes the rename
         finally:
             os.close(directory)
 
@@ -85,8 +86,7 @@ def reserve_file(path: Path | str, nbytes: int) -> None:
     after this there is none. macOS cannot reserve: there we can only compare with what is free.
     """
     with _explain_write(path, f"{nbytes / 2**30:.2f} GiB needed"):
-        Path(path).touch()
-        with open(path, "r+b") as file:
+        with open(path, "ab") as file:
             held = os.fstat(file.fileno()).st_size
             try:
                 os.posix_fallocate(file.fileno(), 0, nbytes)
@@ -95,32 +95,40 @@ def reserve_file(path: Path | str, nbytes: int) -> None:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
                 file.truncate(max(nbytes, held))
             except OSError:
-                file.truncate(held)                        # give back the part that it got
+                file.truncate(held)  # give back the part that it got
                 raise
 
 
 def open_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
     """Memory-mapped `.npy` of zeros, all of its disk space reserved; an existing one is kept.
 
-    Raises UserError if the disk is full or if the file has another shape or type.
+    Raises UserError if the disk is full or if the file is damaged or has another shape or type.
     """
-    if not path.exists():
-        with _explain_write(path):
+    with _explain_write(path):
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            with _replace_when_done(path) as file:
+                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.flush()
+                reserve_file(file.name, file.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
         try:
-            reserve_file(path, path.stat().st_size)
-        except UserError:
-            path.unlink()
-            raise
+            found = np.lib.format.open_memmap(path, "r")  # "r+" would lengthen a file cut short
+        except ValueError as error:
+            raise UserError(f"{path} is damaged or no .npy file; restore it from a copy") from error
+        if (found.dtype, found.shape) != (np.dtype(dtype), shape):
+            raise UserError(f"{path} holds {found.dtype} {found.shape}, not {np.dtype(dtype)} "
+                            f"{shape}; the run was made with other settings")
+        reserve_file(path, path.stat().st_size)  # a copy may have come out sparse
+        return np.lib.format.open_memmap(path, "r+")
+
+
+def array_shape(path: Path) -> tuple[int, ...]:
+    """Shape of a `.npy` file that must be there."""
     try:
-        array = np.lib.format.open_memmap(path, "r+")
+        return np.load(path, mmap_mode="r").shape
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no .npy file; restore it from a copy") from error
-    if array.dtype != dtype or array.shape != shape:
-        raise UserError(f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}; "
-                        "the run was made with other settings")
-    return array
+        raise UserError(f"cannot read {path}; give a run directory with a replay buffer") from error
 
 
 def create_run_dir(root: Path | str, env_id: str, exp_name: str, seed: int) -> Path:
@@ -130,7 +138,7 @@ def create_run_dir(root: Path | str, env_id: str, exp_name: str, seed: int) -> P
     with _explain_write(root):
         Path(root).mkdir(parents=True, exist_ok=True)
         for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(1))):
-            with suppress(FileExistsError):                # another run started in this second
+            with suppress(FileExistsError):  # another run started in this second
                 (Path(root) / (name + suffix)).mkdir()
                 return Path(root) / (name + suffix)
 
@@ -182,12 +190,12 @@ def load_checkpoint(path: Path | str, script: str, device: torch.device | str) -
     """Read a checkpoint of `script`. weights_only: a file from a stranger cannot run code."""
     try:
         found = torch.load(path, map_location=device, weights_only=True)
-    except (torch.OutOfMemoryError, MemoryError):          # says nothing about the file
+    except (torch.OutOfMemoryError, MemoryError):  # says nothing about the file
         raise
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"cannot read {path}: {error.strerror}; was the run stopped before "
                         "its first checkpoint?") from error
-    except Exception as error:                             # pickle and zip raise nearly everything
+    except Exception as error:  # pickle and zip raise nearly everything
         raise UserError(f"{path} is cut short, damaged or no checkpoint of this project; "
                         "restore a copy of it or start a new run") from error
     _check_header(Path(path), found, script)
@@ -200,7 +208,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = not deterministic     # its choice depends on timing
+    torch.backends.cudnn.benchmark = not deterministic  # its choice depends on timing
 
 
 def rng_state(device: torch.device | str) -> dict:
@@ -216,7 +224,7 @@ def rng_state(device: torch.device | str) -> dict:
 def set_rng_state(state: dict, device: torch.device | str) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())              # load_checkpoint moved it to the device
+    torch.set_rng_state(state["torch"].cpu())  # load_checkpoint moved it to the device
     if torch.device(device).type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
@@ -230,7 +238,7 @@ def setup_distributed(device_type: str) -> tuple[int, int, int]:
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} has no GPU, this machine has "
                             f"{torch.cuda.device_count()}; lower --nproc-per-node")
-        torch.cuda.set_device(local)                       # nccl deadlocks when two share a GPU
+        torch.cuda.set_device(local)  # nccl deadlocks when two share a GPU
     torch.distributed.init_process_group("nccl" if device_type == "cuda" else "gloo")
     return rank, world, local
 
@@ -253,7 +261,7 @@ class GracefulExit:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        with suppress(OSError):                            # print() may not be called in a handler
+        with suppress(OSError):  # print() may not be called in a handler
             os.write(2, b"\nStopping after this step; Ctrl-C stops at once and saves nothing.\n")
 
 
@@ -274,7 +282,7 @@ class Logger:
                         mininterval=0.1 if sys.stderr.isatty() else 60, dynamic_ncols=True)
         if not enabled:
             return
-        if track:                                          # first: it hooks into SummaryWriter
+        if track:  # first: it hooks into SummaryWriter
             self._start_wandb(wandb_project, hyperparameters)
         with _explain_write(run_dir):
             self.writer = SummaryWriter(str(run_dir), flush_secs=10,
@@ -288,7 +296,7 @@ class Logger:
             import wandb
         except ImportError as error:
             raise UserError("no wandb here; pip install wandb, or leave --track out") from error
-        name = self.run_dir.resolve().name                 # as the id, a resumed run goes on there
+        name = self.run_dir.resolve().name  # as the id, a resumed run goes on there
         wandb.init(project=project, name=name, id=name, resume="allow", dir=str(self.run_dir),
                    config=hyperparameters, sync_tensorboard=True)
         self.wandb = wandb
@@ -304,8 +312,8 @@ class Logger:
         if self.writer:
             image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3,
                                   encoded_image_string=gif_bytes(frames, fps))
+            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
             with _explain_write(self.run_dir):
-                summary = Summary(value=[Summary.Value(tag=tag, image=image)])
                 self.writer.file_writer.add_summary(summary, step)
 
     def progress(self, step: int, **postfix: float | str) -> None:

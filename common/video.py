@@ -1,14 +1,19 @@
 """Frames to files. `frames` is (T, H, W, C) uint8; C = 1 is drawn as grey, C = 3 as RGB."""
 
 import io
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SEEN, IMAGINED, OTHER, PAPER, INK = (60, 190, 90), (255, 140, 0), (90,) * 3, (24,) * 3, (235,) * 3
-BORDER, TITLE, GAP = 4, 26, 2                              # pixels
+GREY, LANE = (130,) * 3, (44,) * 3
+BORDER, TITLE, GAP = 4, 26, 2  # pixels
+LINES = [(86, 180, 233), (230, 159, 0), (0, 190, 140), (240, 228, 66),
+         (204, 121, 167), (213, 94, 0), (150, 150, 255), (190, 230, 120)]
 
 
 def to_rgb(frames: np.ndarray) -> np.ndarray:
@@ -56,14 +61,16 @@ def _panel(frame: np.ndarray, title: str, ink: tuple, border: tuple) -> np.ndarr
     return np.asarray(page)
 
 
-def side_by_side(videos: dict[str, np.ndarray], context: int, scale: int = 3) -> np.ndarray:
+def side_by_side(videos: dict[str, np.ndarray], context: int, scale: int = 0) -> np.ndarray:
     """(T, H', W', 3): the titled videos next to each other, such as truth | model | imagination.
+
+    scale = 0 enlarges them to about 200 pixels.
 
     The last one is the open-loop one. Its border is green while the model is shown the frames, and
     from t >= context, when it imagines on its own, orange; the title then counts the steps.
     """
     *others, last = videos
-    pages = []
+    scale, pages = scale or max(1, round(200 / videos[last].shape[2])), []
     for t in range(len(videos[last])):
         frames = {title: enlarge(to_rgb(video[t]), scale) for title, video in videos.items()}
         colour = IMAGINED if t >= context else SEEN
@@ -73,16 +80,86 @@ def side_by_side(videos: dict[str, np.ndarray], context: int, scale: int = 3) ->
     return np.stack(pages)
 
 
-def save_mp4(path: Path | str, frames: Iterable[np.ndarray], fps: float = 15) -> None:
-    """Write (H, W, C) frames, from an array or one by one from a generator, as MPEG-4."""
-    import cv2                                             # only here: the rest works without it
-    writer = None
-    for frame in frames:
-        if writer is None:
-            codec, size = cv2.VideoWriter_fourcc(*"mp4v"), frame.shape[1::-1]
-            writer = cv2.VideoWriter(str(path), codec, fps, size)
-            if not writer.isOpened():
-                raise OSError(f"OpenCV cannot write {path}")
-        writer.write(np.ascontiguousarray(to_rgb(frame)[..., ::-1]))   # blue first
-    if writer is not None:
-        writer.release()
+def curves(vectors: np.ndarray, size: int = 192) -> np.ndarray:
+    """Draw R vector series (R, T, V) as videos (R, T, size, size, 3) that grow from left to right.
+
+    Each of the first 8 dimensions has a lane and a colour of its own; the rest is not drawn. The
+    lane is as high as the values of series 0, the truth, which the others have in grey behind them;
+    what leaves it is drawn at its edge, and NaN not at all.
+    """
+    series = vectors[..., :len(LINES)].astype(np.float64)
+    R, T, V = series.shape
+    known = np.isfinite(series[0])
+    low = np.min(series[0], 0, where=known, initial=np.inf)  # (V,)
+    high = np.max(series[0], 0, where=known, initial=-np.inf)
+    low, high = np.where(known.any(0), (low, high), 0)
+    middle = (low + high) / 2
+    # Else the model's rounding errors about a constant would fill the lane.
+    span = np.where(high - low > 1e-6 * np.maximum(1, np.abs(middle)), high - low, 1)
+    height = np.clip(0.5 - (series - middle) / span * 0.8, 0, 1)  # 0 is the top of the lane
+    y = (np.arange(V) + 0.04 + 0.92 * height) / V * size  # (R, T, V)
+    x = np.broadcast_to((np.arange(T)[:, None] + 0.5) / T * size, y.shape)
+    is_drawn = np.isfinite(y)
+    points = np.stack([x, np.where(is_drawn, y, 0)], -1)
+    points = (points * 16).round().astype(int)  # cv2 wants fixed point: shift=4 below
+
+    canvas = np.full((R, size, size, 3), PAPER, np.uint8)
+    canvas[:, np.arange(1, V) * size // V] = LANE
+    frames = np.empty((R, T, size, size, 3), np.uint8)
+    for t, r in itertools.product(range(T), range(R)):
+        for row, d in itertools.product(sorted({0, r}), range(V)):  # the truth first
+            if is_drawn[row, max(t - 1, 0):t + 1, d].all():
+                colour, width = (LINES[d], 2) if row == r else (GREY, 1)
+                ends = points[row, [max(t - 1, 0), t], d].tolist()
+                cv2.line(canvas[r], *ends, colour, width, cv2.LINE_AA, shift=4)
+        frames[r, t] = canvas[r]
+    return frames
+
+
+class EpisodeVideos:
+    """Records episodes 0, 1, 8, 27, ... (cubes) up to 1000, then every 1000th (as Gymnasium does).
+
+    Counted from the start of this process. The file is `recording.mp4` until its episode is over,
+    then `episode-000027.mp4`, or `episode-000027-1.mp4` if a run before this one made that already.
+    """
+
+    def __init__(self, folder: Path | str, fps: float = 30):
+        self.folder, self.fps = Path(folder), fps
+        self.episode, self.writer = -1, None
+
+    def wanted(self) -> bool:
+        """Whether the episode under way is recorded."""
+        if self.episode < 1000:
+            return self.episode in [n**3 for n in range(10)]
+        return self.episode % 1000 == 0
+
+    def add(self, render: Callable[[], np.ndarray | None], is_first: bool) -> None:
+        """Once per step. Calls `render`, for an (H, W, C) frame, only in an episode it records."""
+        if is_first:
+            self.close()
+            self.episode += 1
+        if self.wanted() and (frame := render()) is not None:
+            if self.writer is None:
+                self._open(frame.shape[1::-1])
+            self.writer.write(np.ascontiguousarray(to_rgb(frame)[..., ::-1]))  # blue first
+
+    def close(self) -> None:
+        """Finish the file. Raises OSError if it is broken: OpenCV does not say why."""
+        if self.writer is None:
+            return
+        self.writer.release()
+        self.writer, recording = None, self.folder / "recording.mp4"
+        if not cv2.VideoCapture(str(recording)).isOpened():
+            raise OSError(f"cannot write {recording}; is the disk full?")
+        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(1))):
+            path = self.folder / f"episode-{self.episode:06d}{suffix}.mp4"
+            if not path.exists():
+                recording.rename(path)
+                return
+
+    def _open(self, size: tuple[int, int]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, codec = self.folder / "recording.mp4", cv2.VideoWriter_fourcc(*"mp4v")
+        self.writer = cv2.VideoWriter(str(path), codec, self.fps, size)
+        if not self.writer.isOpened():
+            raise OSError(f"cannot write {path}: OpenCV cannot make a video of {size} pixels there")

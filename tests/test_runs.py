@@ -1,16 +1,21 @@
 """Run directories, checkpoints, log, signals, animations, symlog: what must survive a bad day."""
 
+import errno
 import io
 import json
 import os
 import random
+import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -28,6 +33,17 @@ SCRIPT = "dreamer_v3"
 def in_subprocess(code: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
                           cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def file_size_limit(nbytes: int):
+    """A full disk, nearly: a file that grows beyond it gets an OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def moving_square(T=6, C=3) -> np.ndarray:
@@ -133,45 +149,36 @@ def test_killed_in_the_middle_of_a_save(tmp_path):
         """, path)
     assert done.returncode == -9, done.stderr
     assert runs.load_checkpoint(path, SCRIPT, "cpu")["step"] == 1
-    runs.save_checkpoint(path, {"step": 3}, SCRIPT)        # the leftover is used again
+    runs.save_checkpoint(path, {"step": 3}, SCRIPT)  # the leftover is used again
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_full_disk_is_a_user_error_and_leaves_the_previous_files(tmp_path):
-    """A file-size limit stands in for the full disk: it fails inside the same write calls."""
-    done = in_subprocess("""
-        import resource, sys, torch
-        from pathlib import Path
-        from common import runs
-        folder = Path(sys.argv[1])
-        runs.save_checkpoint(folder / "checkpoint.pt", {"step": 1}, "dreamer_v3")
-        runs.reserve_file(folder / "old.npy", 1000)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-        def attempt(function, *arguments):
-            try:
-                function(*arguments)
-                print("no error")
-            except runs.UserError as error:
-                print(error)
+    runs.save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1}, SCRIPT)
+    runs.reserve_file(tmp_path / "old.npy", 1000)
+    messages = []
+
+    def attempt(function, *arguments):
+        with pytest.raises(UserError) as caught:
+            function(*arguments)
+        messages.append(str(caught.value))
+
+    with file_size_limit(300_000):
         # 75_000 floats fit but for the last few bytes: those fail in flush, not in torch.save.
         for size in (60_000, 75_000, 74_700, 1_000_000):
             state = {"a": torch.zeros(size), "b": torch.zeros(size // 3)}
-            attempt(runs.save_checkpoint, folder / "checkpoint.pt", state, "dreamer_v3")
-            attempt(runs.save_checkpoint, folder / "first.pt", state, "dreamer_v3")
-        attempt(runs.save_args, folder, "dreamer_v3", {"note": "x" * 400_000})
-        attempt(runs.reserve_file, folder / "new.npy", 2**30)
-        attempt(runs.reserve_file, folder / "old.npy", 2**30)
-        """, tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 11 and all("cannot write" in line for line in lines), done.stdout
-    assert all("File too large" in line and "GiB free" in line for line in lines)
-    assert all("previous checkpoint.pt is intact" in line for line in lines[0:8:2])
-    assert not any("previous" in line for line in lines[1:8:2])
-    assert all("1.00 GiB needed" in line for line in lines[-2:])
+            attempt(runs.save_checkpoint, tmp_path / "checkpoint.pt", state, SCRIPT)
+            attempt(runs.save_checkpoint, tmp_path / "first.pt", state, SCRIPT)
+        attempt(runs.save_args, tmp_path, SCRIPT, {"note": "x" * 400_000})
+        attempt(runs.reserve_file, tmp_path / "new.npy", 2**30)
+        attempt(runs.reserve_file, tmp_path / "old.npy", 2**30)
+    assert all(re.match("cannot write.*File too large.*GiB free", line) for line in messages)
+    assert all("previous checkpoint.pt is intact" in line for line in messages[0:8:2])
+    assert not any("previous" in line for line in messages[1:8:2])
+    assert all("1.00 GiB needed" in line for line in messages[-2:])
     assert runs.load_checkpoint(tmp_path / "checkpoint.pt", SCRIPT, "cpu")["step"] == 1
-    assert {p.name: p.stat().st_size for p in tmp_path.glob("*.npy")} == {"new.npy": 0,
-                                                                        "old.npy": 1000}
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("*.npy")}
+    assert sizes == {"new.npy": 0, "old.npy": 1000}
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "first.pt").exists()
 
 
@@ -234,7 +241,7 @@ def test_reserved_file_is_on_the_disk_and_keeps_its_content(tmp_path):
     runs.reserve_file(path, 2**20)
     assert path.stat().st_size == 2**20 and path.stat().st_blocks * 512 >= 2**20
     assert path.read_bytes()[:6] == b"hello\0"
-    runs.reserve_file(path, 100)                           # never shortens
+    runs.reserve_file(path, 100)  # never shortens
     assert path.stat().st_size == 2**20
 
 
@@ -244,6 +251,87 @@ def test_reserve_file_without_fallocate(tmp_path, monkeypatch):
     assert (tmp_path / "a").stat().st_size == 5000
     with pytest.raises(UserError, match="No space left.* GiB needed; free some space"):
         runs.reserve_file(tmp_path / "b", 2**60)
+
+
+def on_disk(path) -> int:
+    return path.stat().st_blocks * 512
+
+
+def test_array_is_made_of_zeros_and_kept(tmp_path):
+    path = tmp_path / "replay" / "rank0" / "image.npy"
+    array = runs.open_array(path, np.uint8, (2, 1000, 8))
+    assert isinstance(array, np.memmap) and (array.shape, array.dtype) == ((2, 1000, 8), np.uint8)
+    assert not array.any() and on_disk(path) >= path.stat().st_size == array.offset + array.nbytes
+    array[1, 3] = 7
+    array.flush()
+    assert (runs.open_array(path, np.uint8, (2, 1000, 8)) == array).all()
+    assert (np.load(path) == array).all() and runs.array_shape(path) == (2, 1000, 8)
+    assert os.listdir(path.parent) == ["image.npy"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.bool_, np.int64])
+def test_array_types(tmp_path, dtype):
+    for _ in range(2):
+        assert runs.open_array(tmp_path / "a.npy", dtype, (2,)).dtype == dtype
+
+
+def test_space_of_a_sparse_array_is_reserved_when_it_is_opened(tmp_path):
+    """Such as a copy made by rsync --sparse, or what a kill left between making and reserving."""
+    path = tmp_path / "a.npy"
+    np.lib.format.open_memmap(path, "w+", np.uint8, (2**20,))[-1] = 5
+    if on_disk(path) >= 2**20:
+        pytest.skip("no sparse files here")
+    array = runs.open_array(path, np.uint8, (2**20,))
+    assert on_disk(path) >= 2**20 and array[-1] == 5 and not array[:-1].any()
+
+
+@pytest.mark.parametrize("dtype, shape", [("u1", (2, 6)), ("u1", (2, 5, 1)), (bool, (2, 5))])
+def test_array_of_other_settings_is_a_user_error(tmp_path, dtype, shape):
+    runs.open_array(tmp_path / "a.npy", np.uint8, (2, 5))[:] = 3
+    with pytest.raises(UserError, match=r"a.npy holds uint8 \(2, 5\), not .* other settings"):
+        runs.open_array(tmp_path / "a.npy", dtype, shape)
+    assert (np.load(tmp_path / "a.npy") == 3).all()
+
+
+def test_cut_array_is_a_user_error_and_stays_as_it_is(tmp_path):
+    path = tmp_path / "a.npy"
+    runs.open_array(path, np.float32, (10, 5))
+    whole = path.read_bytes()
+    for length in (0, 5, 9, 60, 127, 128, 129, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="a.npy is damaged"):
+            runs.open_array(path, np.float32, (10, 5))
+        assert path.read_bytes() == whole[:length]
+
+
+def test_no_space_for_an_array_is_a_user_error_that_leaves_nothing_behind(tmp_path):
+    with file_size_limit(300_000), pytest.raises(UserError, match="File too large.*ulimit -f"):
+        runs.open_array(tmp_path / "new" / "a.npy", np.uint8, (400_000,))
+    assert not os.listdir(tmp_path / "new")
+
+
+def test_no_space_for_a_sparse_array_leaves_it_as_it_is(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    runs.open_array(tmp_path / "a.npy", np.uint8, (1000,))[3] = 9
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="a.npy: No space left.*free some space"):
+        runs.open_array(tmp_path / "a.npy", np.uint8, (1000,))
+    with pytest.raises(UserError, match="No space left"):
+        runs.open_array(tmp_path / "b.npy", np.uint8, (1000,))
+    assert os.listdir(tmp_path) == ["a.npy"] and np.load(tmp_path / "a.npy")[3] == 9
+
+
+def test_what_a_kill_while_an_array_was_made_left_is_replaced(tmp_path):
+    (tmp_path / "a.npy.tmp").write_bytes(b"x" * 5000)
+    assert not runs.open_array(tmp_path / "a.npy", np.uint8, (1000,)).any()
+    assert os.listdir(tmp_path) == ["a.npy"]
+
+
+def test_array_shape_of_nothing_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="with a replay buffer"):
+        runs.array_shape(tmp_path / "reward.npy")
 
 
 def test_free_disk_of_a_path_to_be(tmp_path):
@@ -375,7 +463,7 @@ def test_full_disk_under_the_log_is_a_user_error(tmp_path):
         try:
             for step in range(1000):
                 logger.scalars({"a": 1.0}, step)
-                with contextlib.suppress(OSError):         # then the next call must say so
+                with contextlib.suppress(OSError):  # then the next call must say so
                     logger.writer.flush()
         except runs.UserError as error:
             print(error)
@@ -412,13 +500,144 @@ def test_side_by_side_marks_the_imagination():
     assert (picture == video.enlarge(moving_square()[5], 2)).all()
 
 
-def test_mp4(tmp_path):
-    cv2 = pytest.importorskip("cv2")
-    video.save_mp4(tmp_path / "a.mp4", (frame for frame in moving_square(T=5, C=1)), fps=15)
-    film = cv2.VideoCapture(str(tmp_path / "a.mp4"))
-    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 5 and film.read()[1].shape == (16, 20, 3)
-    with pytest.raises(OSError, match="cannot write"):
-        video.save_mp4(tmp_path / "no" / "a.mp4", moving_square())
+def test_side_by_side_enlarges_to_about_200_pixels():
+    for size, shown in [(64, 192), (96, 192), (128, 256), (192, 192), (512, 512)]:
+        pages = video.side_by_side({"a": np.zeros((1, size, size, 3), np.uint8)}, context=1)
+        assert pages.shape == (1, 26 + shown + 8, shown + 8, 3)
+
+
+# ---- Curves --------------------------------------------------------------------------------------
+
+def shows(picture, colour) -> bool:
+    return (picture == colour).all(-1).any()
+
+
+def waves(T=20, V=3) -> np.ndarray:
+    return np.sin(np.arange(T)[:, None] * 0.3 + np.arange(V)) * 10.0**np.arange(V)
+
+
+def test_curves_grow_and_stay():
+    truth = waves()
+    films = video.curves(np.stack([truth, truth + 0.1, -truth]).astype(np.float32), size=120)
+    assert films.shape == (3, 20, 120, 120, 3) and films.dtype == np.uint8
+    for t in range(20):
+        now = round((t + 0.5) / 20 * 120)
+        assert not shows(films[0, t, :, now + 3:], video.LINES[0])  # nothing of the future
+        assert all(shows(films[r, t, :, now - 3:now + 3], video.LINES[0]) for r in range(3))
+        past = films[:, t - 1:t + 1, :, :max(0, now - 10)]
+        assert (past == past[:, :1]).all()
+
+
+def test_curves_each_in_a_lane_of_the_truths_scale():
+    films = video.curves(np.stack([waves(), waves() * 100]), size=120)
+    for d in range(3):
+        lane = films[:, -1, 40 * d:40 * (d + 1)]
+        assert all(shows(picture, video.LINES[d]) for picture in lane)
+        assert not any(shows(lane, colour) for colour in video.LINES if colour != video.LINES[d])
+        rows = np.flatnonzero((lane[0] == video.LINES[d]).all(-1).any(-1))
+        assert 2 <= rows.min() < 10 and 30 < rows.max() < 38  # most of the lane, but not its edge
+
+
+def test_curves_have_the_truth_beneath():
+    films = video.curves(np.stack([waves(V=1), waves(V=1), -waves(V=1)]), size=120)
+    assert (films[1] == films[0]).mean() > 0.98  # where they agree, it is hidden
+    assert shows(films[2, -1], video.GREY) and not shows(films[0, -1], video.GREY)
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_awkward_values():
+    flat = video.curves(np.full((2, 4, 1), 5.0) + np.array([0, 1e-7]).reshape(2, 1, 1), size=40)
+    assert (flat[0] == flat[1]).all() and shows(flat[0, 0], video.LINES[0])
+    nothing = video.curves(np.full((2, 4, 1), np.nan), size=40)
+    assert (nothing == nothing[0, 0, 0, 0]).all()
+    broken = np.tile(waves(V=1), (2, 1, 1))
+    broken[1, 10:] = np.nan
+    films = video.curves(broken, size=120)
+    assert (films[1, 9:, :, :53] == films[1, 9, :, :53]).all()
+    assert not shows(films[1, -1, :, 63:], video.LINES[0]) and shows(films[1, -1], video.GREY)
+    huge = np.full((2, 5, 9), 3e38, np.float32)  # the ninth dimension is not drawn
+    huge[:, 2], huge[1, 3], huge[0, 4] = -3e38, np.inf, -np.inf
+    assert video.curves(huge, size=40).shape == (2, 5, 40, 40, 3)
+    assert video.curves(np.zeros((1, 1, 1)), size=40).shape == (1, 1, 40, 40, 3)
+
+
+# ---- Episode videos ------------------------------------------------------------------------------
+
+def film(path) -> tuple[int, tuple]:
+    opened = cv2.VideoCapture(str(path))
+    return int(opened.get(cv2.CAP_PROP_FRAME_COUNT)), opened.read()[1].shape
+
+
+def record(folder, lengths, shape=(16, 20, 3)) -> int:
+    """Play episodes of these lengths; returns how often a frame was asked for."""
+    videos, asked = video.EpisodeVideos(folder, fps=15), []
+
+    def render():
+        asked.append(1)
+        return np.full(shape, 10 * len(asked) % 256, np.uint8)
+
+    for length in lengths:
+        for t in range(length):
+            videos.add(render, is_first=np.bool_(t == 0))
+    videos.close()
+    videos.close()
+    return len(asked)
+
+
+def test_episodes_are_recorded_at_cubes_and_then_at_thousands(tmp_path):
+    videos = video.EpisodeVideos(tmp_path)
+    assert not videos.wanted()
+    found = []
+    for _ in range(3001):
+        videos.add(lambda: None, is_first=True)  # None: the environment is being rebuilt
+        found += [videos.episode] if videos.wanted() else []
+    assert found == [0, 1, 8, 27, 64, 125, 216, 343, 512, 729, 1000, 2000, 3000]
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("C", [1, 3])
+def test_episode_videos(tmp_path, C):
+    folder = tmp_path / "run" / "videos"
+    assert record(folder, [3, 4, 5, 5, 5, 5, 5, 5, 6, 5], shape=(16, 20, C)) == 3 + 4 + 6
+    assert {path.name: film(path) for path in folder.iterdir()} == {
+        "episode-000000.mp4": (3, (16, 20, 3)), "episode-000001.mp4": (4, (16, 20, 3)),
+        "episode-000008.mp4": (6, (16, 20, 3))}
+
+
+def test_episode_video_shows_the_frames_in_their_colours(tmp_path):
+    videos = video.EpisodeVideos(tmp_path)
+    for t in range(5):
+        videos.add(lambda: np.tile(np.uint8([200, 100, 20]), (64, 64, 1)), is_first=t == 0)
+    videos.close()
+    shown = cv2.VideoCapture(str(tmp_path / "episode-000000.mp4")).read()[1][32, 32, ::-1]
+    assert np.abs(shown.astype(int) - [200, 100, 20]).max() < 10
+
+
+def test_resumed_run_keeps_the_videos_that_are_there(tmp_path):
+    for length in (3, 4, 5):
+        record(tmp_path, [length])
+    (tmp_path / "recording.mp4").write_bytes(b"what a killed run left")
+    record(tmp_path, [6])
+    assert {path.name: film(path)[0] for path in tmp_path.iterdir()} == {
+        "episode-000000.mp4": 3, "episode-000000-1.mp4": 4,
+        "episode-000000-2.mp4": 5, "episode-000000-3.mp4": 6}
+
+
+def test_episode_video_that_cannot_be_written(tmp_path):
+    with pytest.raises(OSError, match="cannot write .*recording.mp4"):
+        record(tmp_path, [2], shape=(1, 1, 3))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory|File exists"):
+        record(tmp_path / "file", [2])
+
+
+def test_full_disk_under_an_episode_video(tmp_path):
+    videos, rng = video.EpisodeVideos(tmp_path), np.random.default_rng(0)
+    with file_size_limit(5000), pytest.raises(OSError, match="is the disk full?"):
+        for t in range(20):
+            videos.add(lambda: rng.integers(256, size=(64, 64, 3), dtype=np.uint8), t == 0)
+        videos.close()
+    assert os.listdir(tmp_path) == ["recording.mp4"]
 
 
 # ---- symlog --------------------------------------------------------------------------------------

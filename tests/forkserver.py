@@ -1,0 +1,46 @@
+"""Forks a process per line of stdin that runs a script; see `Runner` in conftest.py."""
+
+import json
+import os
+import resource
+import runpy
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+import tyro  # noqa: E402, F401
+
+import common.envs  # noqa: E402, F401
+import common.runs  # noqa: E402, F401
+
+torch.set_num_threads(1)
+
+
+def become(request: dict) -> None:
+    """Turn the forked process into `python SCRIPT ARGS...`."""
+    for number, path, flags in ((0, os.devnull, os.O_RDONLY),
+                                (1, request["out"], os.O_WRONLY | os.O_CREAT),
+                                (2, request["err"], os.O_WRONLY | os.O_CREAT)):
+        os.dup2(os.open(path, flags, 0o600), number)
+    os.chdir(request["cwd"])
+    sys.argv = [request["script"], *request["argv"]]
+    if request["file_limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
+
+
+def main() -> None:
+    # readline, not iteration: the child must not find lines that were read ahead.
+    while line := sys.stdin.readline():
+        pid = os.fork()
+        if not pid:
+            become(json.loads(line))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            return
+        print(pid, flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(status, flush=True)
+
+
+main()
