@@ -1298,10 +1298,11 @@ def train(args: Args, run_dir: Path | None) -> None:
     logger = runs.Logger(run_dir, args.total_timesteps, step, rank == 0, args.track,
                          args.wandb_project_name, asdict(args))
     progress = Progress(step, agent.updates)
+    episodes = video.EpisodeVideos(run_dir / "videos") if args.capture_video and rank == 0 else None
     try:
         with runs.GracefulExit() as stop:
             save(run_dir, agent, feeder, step)  # so that there is always something to resume
-            run_loop(args, run_dir, envs, agent, feeder, logger, stop, progress)
+            run_loop(args, run_dir, envs, agent, feeder, logger, episodes, stop, progress)
             save(run_dir, agent, feeder, progress.step)
     except EnvError:  # the environment is broken, what was learnt is not
         save(run_dir, agent, feeder, progress.step)
@@ -1309,15 +1310,17 @@ def train(args: Args, run_dir: Path | None) -> None:
     finally:
         logger.close()
         envs.close()
+        if episodes:
+            episodes.close()
     if rank == 0 and stop.requested:
         print(f"stopped and saved; go on with: python {SCRIPT}.py --resume {run_dir}")
 
 
 def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder,
-             logger: runs.Logger, stop: runs.GracefulExit, progress: Progress) -> None:
+             logger: runs.Logger, episodes: video.EpisodeVideos | None, stop: runs.GracefulExit,
+             progress: Progress) -> None:
     """Act, store, train, log, save; until the last timestep or until told to stop."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    episodes = video.EpisodeVideos(run_dir / "videos")
     carry, idle = None, agent.blank_state(feeder.shape[0])
     while progress.step < args.total_timesteps and not any_rank(stop.requested, agent.device):
         progress.advance(envs.num_envs * world)
@@ -1327,7 +1330,7 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
             for env in np.flatnonzero(obs.is_last):
                 logger.scalars({"charts/episodic_return": obs.episode_return[env],
                                 "charts/episodic_length": obs.episode_length[env]}, progress.step)
-            if args.capture_video:
+            if episodes:
                 episodes.add(envs.render, obs.is_first[0])
 
         # On a GPU this only queues work, which runs while the environments take their next step.
@@ -1347,7 +1350,6 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
             logger.video("open_loop", video.side_by_side(panels, args.dream_context), progress.step)
         if progress.due(args.checkpoint_every):
             save(run_dir, agent, feeder, progress.step)
-    episodes.close()
 
 
 def open_replay(args: Args, run_dir: Path, spec: EnvSpec, rank: int | None) -> ReplayBuffer:
@@ -1429,7 +1431,7 @@ def main() -> None:
             torch.set_num_threads(args.threads)
         mode = evaluate if args.evaluate else dream if args.dream else train
         mode(args, run_dir)
-    except (runs.UserError, EnvError) as error:
+    except (runs.UserError, EnvError, OSError) as error:
         sys.exit(f"error: {error}")
     finally:
         if dist.is_initialized():

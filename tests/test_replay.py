@@ -22,6 +22,7 @@ from common.envs import EnvSpec, EnvStep
 SPECS = {"both": EnvSpec((2, 2, 1), 3, 2, True), "image": EnvSpec((2, 2, 1), 0, 2, True),
          "vector": EnvSpec(None, 3, 2, False)}
 CPU = torch.device("cpu")
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # hundreds of small files: no disk for them
 
 
 def examples(number: int):
@@ -37,7 +38,7 @@ def module(request):
 @contextmanager
 def folder():
     """A new directory for each example; files, for the buffer is memory-mapped."""
-    path = Path(tempfile.mkdtemp())
+    path = Path(tempfile.mkdtemp(dir=MEMORY))
     try:
         yield path / "replay"
     finally:

@@ -1,0 +1,42 @@
+"""An environment whose every observation says when it is and which action led to it.
+
+Id: `tests.alignment_envs:Echo-v0`, EchoTruncated-v0 (never terminates) and EchoBox-v0 (continuous).
+"""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+LENGTHS = (3, 1, 5, 2)  # steps of the episodes, over and over
+
+
+class Echo(gym.Env):
+    """vector = [episode, step, reward, the action that it was given: index, or two numbers].
+
+    -1 stands for "no action", at the start of an episode. The reward is 100 x episode + step.
+    """
+
+    def __init__(self, continuous=False, terminates=True, render_mode=None):
+        self.continuous, self.terminates = continuous, terminates
+        self.action_space = spaces.Box(-1, 1, (2,), np.float32) if continuous else spaces.Discrete(3)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (5 if continuous else 4,), np.float32)
+        self.episode = -1
+
+    def vector(self, reward: float, action) -> np.ndarray:
+        return np.array([self.episode, self.now, reward, *action], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.now = self.episode + 1, 0
+        return self.vector(0, [-1, -1] if self.continuous else [-1]), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.now += 1
+        reward, ends = 100.0 * self.episode + self.now, self.now == LENGTHS[self.episode % len(LENGTHS)]
+        observation = self.vector(reward, action if self.continuous else [action])
+        return observation, reward, ends and self.terminates, ends and not self.terminates, {}
+
+
+for name, kwargs in {"Echo": {}, "EchoTruncated": {"terminates": False}, "EchoBox": {"continuous": True}}.items():
+    gym.register(f"{name}-v0", entry_point=f"{__name__}:Echo", kwargs=kwargs)
