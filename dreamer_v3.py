@@ -130,7 +130,7 @@ class Args:
     checkpoint_every: int = 5_000
     """Timesteps between two checkpoints; interrupt and TERM write one as well."""
     compile: bool = False
-    """Compile the networks with torch.compile; on a GPU, replay updates as a CUDA graph."""
+    """Compile the networks with torch.compile; on a GPU also replay updates as a CUDA graph."""
     amp: Literal["auto", "on", "off"] = "auto"
     """bfloat16 matrix products; auto: where the hardware has them and the networks are not tiny."""
 
@@ -591,6 +591,11 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def centre(image: Tensor | None) -> Tensor | None:
+    """uint8 pixels -> float32 in [-0.5, 0.5], which the encoder sees and the decoder predicts."""
+    return None if image is None else image.float().div_(255).sub_(0.5)
+
+
 class Encoder(nn.Module):
     """Image and/or vector -> embedding x_t: CNN features, then MLP features."""
 
@@ -611,10 +616,10 @@ class Encoder(nn.Module):
             self.embed_dim += args.units
 
     def forward(self, image: Tensor | None, vector: Tensor | None) -> Tensor:
-        """image (T, B, I, I, C) uint8, vector (T, B, V) -> embedding (T, B, E)."""
+        """image (T, B, I, I, C) from `centre`, vector (T, B, V) -> embedding (T, B, E)."""
         parts = []
         if image is not None:
-            pixels = image.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.5  # channels-last in memory
+            pixels = image.flatten(0, 1).permute(0, 3, 1, 2)  # channels-last in memory
             features = self.cnn(pixels).permute(0, 2, 3, 1)  # flattened as (h, w, c)
             parts.append(features.reshape(*image.shape[:2], -1))
         if vector is not None:
@@ -647,10 +652,10 @@ class Decoder(nn.Module):
             init_output(self.vector_out)
 
     def image(self, feat: Tensor) -> Tensor:
-        """(T, B, F) -> mean image (T, B, I, I, C), in float32, 0 to 1 where it is right."""
+        """(T, B, F) -> mean image (T, B, I, I, C), in float32, [-0.5, 0.5] where it is right."""
         seed = self.cnn_in(feat).reshape(-1, 4, 4, self.cnn[0].in_channels).permute(0, 3, 1, 2)
         pixels = self.cnn(seed).permute(0, 2, 3, 1)
-        return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:]).float() + 0.5
+        return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:]).float()
 
     def vector(self, feat: Tensor) -> Tensor:
         """(T, B, F) -> vector (T, B, V) in symlog space, in float32. [V3-1]"""
@@ -757,27 +762,34 @@ class RSSM(nn.Module):
 
         Deviation: the authors' loop also draws from the prior here, for nothing.
 
-        Everything that does not depend on the previous state is computed for all T at once: what
-        is left in the loop is the recurrence itself.
+        What does not depend on the previous state is computed for all T at once, the observation's
+        and the action's share of two matrix products included: the loop is the recurrence alone.
         """
         keep = ~is_first[..., None]
         stoch_w, action_w = self.img_in.weight.split([self.stoch_dim, prev_action.shape[-1]], 1)
         deter_w, embed_w = self.obs_out.weight.split([self.deter_dim, embed.shape[-1]], 1)
         action_share = F.linear(within_unit(prev_action * keep), action_w)  # (T, B, U)
         embed_share = F.linear(embed, embed_w)  # (T, B, U)
-        first_deter, first_stoch = self.initial_state()
+        initial, weights = self.initial_state(), (stoch_w, deter_w)
         deter, stoch = carry.deter, carry.stoch
         deters, stochs, raws = [], [], []
         for keep_t, action_t, embed_t in zip(keep, action_share.unbind(), embed_share.unbind()):
-            deter = torch.where(keep_t, deter, first_deter)
-            stoch = torch.where(keep_t, stoch, first_stoch)
-            x = F.silu(self.img_in.norm(F.linear(stoch, stoch_w) + action_t))
-            deter = self.gate(deter, self.gru(torch.cat([deter, x.float()], -1)))
-            y = F.silu(self.obs_out.norm(F.linear(deter, deter_w) + embed_t))
-            raw = self.obs_stats(y)
-            stoch = self.groups_of(raw).sample().flatten(-2)
+            deter, stoch, raw = self.observe_step(deter, stoch, keep_t, action_t, embed_t, initial,
+                                                  weights)
             deters.append(deter), stochs.append(stoch), raws.append(raw)
         return torch.stack(deters), torch.stack(stochs), torch.stack(raws)
+
+    def observe_step(self, deter: Tensor, stoch: Tensor, keep: Tensor, action_share: Tensor,
+                     embed_share: Tensor, initial: tuple[Tensor, Tensor],
+                     weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """One turn of `observe`'s loop: (B, D), (B, Z) -> next deter, posterior stoch, its logits."""
+        kept_deter = torch.where(keep, deter, initial[0])  # (B, D)
+        kept_stoch = torch.where(keep, stoch, initial[1])  # (B, Z)
+        x = F.silu(self.img_in.norm(F.linear(kept_stoch, weights[0]) + action_share))  # (B, U)
+        next_deter = self.gate(kept_deter, self.gru(torch.cat([kept_deter, x.float()], -1)))
+        y = F.silu(self.obs_out.norm(F.linear(next_deter, weights[1]) + embed_share))  # (B, U)
+        raw = self.obs_stats(y)  # (B, Z)
+        return next_deter, self.groups_of(raw).sample().flatten(-2), raw
 
 
 def within_unit(action: Tensor) -> Tensor:
@@ -866,16 +878,17 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
 
     Returns the terms, the posterior states deter (T, B, D) and stoch (T, B, Z), and statistics.
     """
-    embed = model.encoder(batch.image, batch.vector)  # (T, B, E)
+    image = centre(batch.image)
+    embed = model.encoder(image, batch.vector)  # (T, B, E)
     prev_action = torch.cat([carry.action[None], batch.action[:-1]])  # (T, B, A)
     deter, stoch, raw = model.rssm.observe(embed, prev_action, batch.is_first, carry)
     post, prior = model.rssm.groups_of(raw), model.rssm.prior(deter)
     feat = torch.cat([deter, stoch], -1)  # (T, B, F)
 
     losses = {}
-    if batch.image is not None:  # summed over pixels, no factor 1/2 (authors' code)
-        error = model.decoder.image(feat) - batch.image / 255  # (T, B, I, I, C)
-        losses["image"] = args.beta_pred * error.square().sum((-3, -2, -1))
+    if image is not None:  # summed over pixels, no factor 1/2 (authors' code)
+        squares = F.mse_loss(model.decoder.image(feat), image, reduction="none")  # (T, B, I, I, C)
+        losses["image"] = args.beta_pred * squares.sum((-3, -2, -1))
     if batch.vector is not None:  # [V3-1] Eq. 1, but no factor 1/2 (authors' code)
         squared = (model.decoder.vector(feat) - symlog(batch.vector)).square()  # (T, B, V)
         close = squared < 1e-8  # from the authors' code: near enough is right
@@ -1012,6 +1025,32 @@ def average_over_ranks(grads: tuple[Tensor, ...]) -> None:
             grad.copy_(mean.view_as(grad))
 
 
+class GraphedUpdate:
+    """`Agent.train_step` as a CUDA graph: one launch in place of ten thousand."""
+
+    def __init__(self, agent: "Agent"):
+        self.agent, self.graph, self.inputs, self.metrics = agent, None, None, None
+
+    def __call__(self, batch: Batch, carry: State) -> dict[str, Tensor]:
+        """As `Agent.train_step`; the batch is copied to where the graph reads it."""
+        agent = self.agent
+        if agent.updates < 3:  # Adam makes its moments, the slow critic is copied, kernels are tuned
+            return agent.train_step(batch, carry)
+        if self.graph is None:
+            self.inputs = Batch(*(None if x is None else x.clone() for x in batch))
+            self.graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph):
+                self.metrics = agent.train_step(self.inputs, carry)
+            agent.updates -= 1  # recording is not running
+        for target, source in zip(self.inputs, batch):
+            if target is not None:
+                target.copy_(source)
+        self.graph.replay()
+        agent.updates += 1
+        return self.metrics
+
+
 class Agent(nn.Module):
     """World model, actor, critic and how they learn."""
 
@@ -1031,6 +1070,8 @@ class Agent(nn.Module):
                                    args.actor_clip)
         self.critic_opt = Optimizer(self.critic.parameters(), args.critic_lr, args.critic_eps,
                                     args.critic_clip)
+        if args.compile:
+            self.compile_networks()
         self.updates, self.metrics = 0, {}
         self.bf16 = use_bf16(args, device)
 
@@ -1100,7 +1141,7 @@ class Agent(nn.Module):
         image, vector, is_first = (
             None if array is None else torch.from_numpy(array)[None].to(self.device)
             for array in (step.image, step.vector, step.is_first))
-        embed = self.world_model.encoder(image, vector)
+        embed = self.world_model.encoder(centre(image), vector)
         deter, stoch, _ = self.world_model.rssm.observe(embed, carry.action[None], is_first, carry)
         policy = self.actor.policy(self.actor(torch.cat([deter[0], stoch[0]], -1)))
         return State(deter[0], stoch[0], policy.sample() if sample else policy.mode())
@@ -1109,6 +1150,16 @@ class Agent(nn.Module):
         """Zeros; a sequence begins with is_first, which puts the learned state in their place."""
         return State(*(torch.zeros(rows, width, device=self.device) for width in (
             self.args.deter, self.args.stoch * self.args.classes, self.spec.action_dim)))
+
+    def compile_networks(self) -> None:
+        """Compile the steps of the two loops and the networks that are called for all time."""
+        model = self.world_model
+        for network in (model.encoder, model.reward_head.mlp, model.continue_head, self.actor,
+                        self.critic.mlp, self.slow_critic.mlp):
+            network.compile()
+        model.decoder.image = torch.compile(model.decoder.image)
+        model.rssm.observe_step = torch.compile(model.rssm.observe_step)
+        model.rssm.imagine_step = torch.compile(model.rssm.imagine_step)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 for matrix products and convolutions; parameters and losses stay in float32."""
@@ -1130,7 +1181,7 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
     or curves drawn as such for environments without images.
     """
     model, prev_action = agent.world_model, F.pad(batch.action[:-1], (0, 0, 0, 0, 1, 0))
-    embed = model.encoder(batch.image, batch.vector)
+    embed = model.encoder(centre(batch.image), batch.vector)
     replay_deter, replay_stoch, _ = model.rssm.observe(
         embed, prev_action, batch.is_first, agent.blank_state(batch.reward.shape[1]))
     feat = torch.cat([replay_deter, replay_stoch], -1)  # (T, B, F)
@@ -1148,7 +1199,7 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
         vectors = torch.stack([batch.vector[:, 0], *vectors])
         return dict(zip(names, video.curves(vectors.cpu().numpy())))
     images = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]
-    images = torch.stack([batch.image[:, 0], *(images.clamp(0, 1) * 255).round().byte()])
+    images = torch.stack([batch.image[:, 0], *((images + 0.5).clamp(0, 1) * 255).round().byte()])
     return dict(zip(names, images.cpu().numpy()))
 
 
@@ -1322,6 +1373,8 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
     """Act, store, train, log, save; until the last timestep or until told to stop."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     carry, idle = None, agent.blank_state(feeder.shape[0])
+    graphed = args.compile and agent.device.type == "cuda"
+    update = GraphedUpdate(agent) if graphed else agent.train_step
     while progress.step < args.total_timesteps and not any_rank(stop.requested, agent.device):
         progress.advance(envs.num_envs * world)
         if not args.offline:
@@ -1335,7 +1388,7 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
 
         # On a GPU this only queues work, which runs while the environments take their next step.
         for _ in range(updates_due(args, progress.step, agent.updates)):
-            agent.train_step(feeder.next(), idle)
+            update(feeder.next(), idle)
             feeder.prepare()
             if agent.device.type == "cpu":
                 finite(agent.metrics, agent.updates)
