@@ -1002,8 +1002,8 @@ class Optimizer:
         grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
         average_over_ranks(grads)
         norm = nn.utils.get_total_norm(grads)
-        torch._foreach_mul_(grads, self.clip / norm.clamp(min=self.clip))
-        for param, grad in zip(self.params, grads):
+        clipped = torch._foreach_mul(grads, self.clip / norm.clamp(min=self.clip))
+        for param, grad in zip(self.params, clipped):
             param.grad = grad
         self.adam.grad_scale = None
         self.adam.found_inf = (~(norm.isfinite() & loss.isfinite())).float()

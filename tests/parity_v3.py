@@ -388,7 +388,7 @@ def probe_world_model(twin: Twin, batch: d3.Batch, carry: d3.State) -> dict[str,
     """What the world model computes on the way to its losses, asked of its modules: their names."""
     model, rssm = twin.agent.world_model, twin.agent.world_model.rssm
     prev_action = torch.cat([carry.action[None], batch.action[:-1]])
-    embed = model.encoder(batch.image, batch.vector)
+    embed = model.encoder(d3.centre(batch.image), batch.vector)
     deter, stoch, raw = rssm.observe(embed, prev_action, batch.is_first, carry)
     post, prior = rssm.groups_of(raw), rssm.prior(deter)
     feat = torch.cat([deter, stoch], -1)
@@ -408,7 +408,7 @@ def probe_world_model(twin: Twin, batch: d3.Batch, carry: d3.State) -> dict[str,
     found = {name: batch_major(x) for name, x in found.items()}
     if twin.images:
         channels = np.cumsum([twin.obs[key][-1] for key in twin.images])[:-1].tolist()
-        images = model.decoder.image(feat).tensor_split(channels, -1)
+        images = (model.decoder.image(feat) + 0.5).tensor_split(channels, -1)
         for key, image in zip(twin.images, images):
             found[f"recon_{key}_b0_t0"] = image[0, 0]
             found[f"recon_{key}_lastb_lastt"] = image[-1, -1]
@@ -777,7 +777,7 @@ def math_predictions(report: Report, fixture: Fixture) -> None:
                  fixture["symlog_mse/dlogprob_dpred"], "gradient")
 
     pred, target = (fixture.tensor(f"mse_image/{key}") for key in ("pred", "target"))
-    found = losses(pred.shape[:2], image=target * 255, predicted=pred)["image"]
+    found = losses(pred.shape[:2], image=target * 255, predicted=pred - 0.5)["image"]
     report.check("mse_image/log_prob", -found, fixture["mse_image/log_prob"])
 
     logit, target = (fixture.tensor(f"bernoulli/{key}")[:, None] for key in ("logit", "target"))

@@ -210,7 +210,7 @@ def test_kl_is_summed_over_latents_and_equal_on_both_sides():
     torch.manual_seed(2)
     losses, deter, _, stats = d3.world_model_loss(agent.world_model, batch, carry, args)
     torch.manual_seed(2)
-    embed = agent.world_model.encoder(batch.image, batch.vector)
+    embed = agent.world_model.encoder(d3.centre(batch.image), batch.vector)
     prev_action = torch.cat([carry.action[None], batch.action[:-1]])
     raw = agent.world_model.rssm.observe(embed, prev_action, batch.is_first, carry)[2]
     sides = [torch.distributions.Categorical(probs=groups.probs) for groups in (
