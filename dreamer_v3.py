@@ -782,7 +782,7 @@ class RSSM(nn.Module):
     def observe_step(self, deter: Tensor, stoch: Tensor, keep: Tensor, action_share: Tensor,
                      embed_share: Tensor, initial: tuple[Tensor, Tensor],
                      weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """One turn of `observe`'s loop: (B, D), (B, Z) -> next deter, posterior stoch, its logits."""
+        """One turn of the loop: (B, D), (B, Z) -> next deter, posterior stoch and raw logits."""
         kept_deter = torch.where(keep, deter, initial[0])  # (B, D)
         kept_stoch = torch.where(keep, stoch, initial[1])  # (B, Z)
         x = F.silu(self.img_in.norm(F.linear(kept_stoch, weights[0]) + action_share))  # (B, U)
@@ -1034,7 +1034,7 @@ class GraphedUpdate:
     def __call__(self, batch: Batch, carry: State) -> dict[str, Tensor]:
         """As `Agent.train_step`; the batch is copied to where the graph reads it."""
         agent = self.agent
-        if agent.updates < 3:  # Adam makes its moments, the slow critic is copied, kernels are tuned
+        if agent.updates < 3:  # Adam makes its moments, the slow critic is copied
             return agent.train_step(batch, carry)
         if self.graph is None:
             self.inputs = Batch(*(None if x is None else x.clone() for x in batch))
@@ -1099,16 +1099,17 @@ class Agent(nn.Module):
         with self.autocast():
             feat, action, output = imagine(model, self.actor, deter, stoch, args.horizon)
             value_dist = self.critic(feat)
-            value = value_dist.mean()  # (H1, N)
             with torch.set_grad_enabled(not self.actor.discrete):
-                reward = model.reward_head(feat[1:]).mean()  # (H, N)
+                reward_dist = model.reward_head(feat[1:])
             with torch.no_grad():
+                slow_dist = self.slow_critic(feat[:-1])
                 cont = (model.continue_head(feat) > 0).float()  # (H1, N) its mode
-                slow_value = self.slow_critic(feat[:-1]).mean()  # (H, N)
+        value = value_dist.mean()  # (H1, N)
+        reward = reward_dist.mean()  # (H, N)
+        slow_value = slow_dist.mean()  # (H, N)
         discount = args.gamma * torch.cat([alive[None], cont[1:]])  # (H1, N)
         weight = (discount.cumprod(0) / args.gamma)[:-1]  # (H, N)
-        # [V3-6] from the fast critic
-        ret = lambda_return(reward, value, discount, args.lambda_)  # (H, N)
+        ret = lambda_return(reward, value, discount, args.lambda_)  # [V3-6] from the fast critic
         scale = self.return_scale.update(ret)
 
         policy = self.actor.policy(output)
@@ -1331,6 +1332,9 @@ def train(args: Args, run_dir: Path | None) -> None:
     """The whole run, or the rest of the one in `run_dir`."""
     accelerator = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
     rank, world, local_rank = runs.setup_distributed(accelerator)
+    if args.batch_size % world:
+        raise runs.UserError(f"--batch-size {args.batch_size} does not divide among {world} "
+                             "processes.")
     device = torch.device(accelerator, local_rank) if accelerator == "cuda" else torch.device("cpu")
     runs.seed_everything(args.seed, args.torch_deterministic)
     saved = runs.load_checkpoint(run_dir / "checkpoint.pt", SCRIPT, device) if run_dir else None
