@@ -282,7 +282,7 @@ class Args:
         """Raise `runs.UserError`, one line, for a value that cannot work."""
         check_numbers(self, may_be_zero={
             "seed", "env_seed", "eval_env_seed", "threads", "video_every", "max_episode_steps",
-            "noop_max", "unimix", "beta_pred", "beta_dyn", "beta_rep", "free_bits", "train_ratio",
+            "noop_max", "unimix", "beta_pred", "beta_dyn", "beta_rep", "free_bits",
             "lambda_", "learning_starts", "max_env_restarts", "critic_ema_decay", "actor_entropy",
             "critic_ema_regularizer", "return_norm_low", "return_norm_decay"})
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
@@ -1295,12 +1295,10 @@ def use_bf16(args: Args, device: torch.device) -> bool:
 def updates_due(args: Args, step: int, done: int) -> int:
     """Updates to make now, so that every timestep is replayed `train_ratio` times on average.
 
-    The first one comes as soon as there is a window to replay (authors' code).
+    The first one is due at `learning_starts` (authors' code).
     """
-    start = max(args.learning_starts, args.batch_length * args.num_envs)
-    if step < start or not args.train_ratio:
-        return 0
-    return 1 + int((step - start) * args.train_ratio / (args.batch_size * args.batch_length)) - done
+    steps, replayed = step - args.learning_starts, args.batch_size * args.batch_length
+    return 1 + int(steps * args.train_ratio / replayed) - done if steps >= 0 else 0
 
 
 def random_action(spec: EnvSpec, num_envs: int) -> np.ndarray:
@@ -1391,7 +1389,10 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
                 episodes.add(envs.render, obs.is_first[0])
 
         # On a GPU this only queues work, which runs while the environments take their next step.
-        for _ in range(updates_due(args, progress.step, agent.updates)):
+        # Right after the start or a resume there may be no whole window to replay yet.
+        empty = not feeder.replay.windows(args.batch_length)
+        due = updates_due(args, progress.step, agent.updates)
+        for _ in range(0 if any_rank(empty, agent.device) else due):
             update(feeder.next(), idle)
             feeder.prepare()
             if agent.device.type == "cpu":
