@@ -1,6 +1,7 @@
 """An environment whose every observation says when it is and which action led to it.
 
-Id: `tests.alignment_envs:Echo-v0`, EchoTruncated-v0 (never terminates) and EchoBox-v0 (continuous).
+Id: `tests.alignment_envs:Echo-v0`, EchoTruncated-v0 (never terminates), EchoBox-v0 (continuous),
+and some with a space that is not supported.
 """
 
 import gymnasium as gym
@@ -38,5 +39,17 @@ class Echo(gym.Env):
         return observation, reward, ends and self.terminates, ends and not self.terminates, {}
 
 
+class Unsupported(Echo):
+    """An Echo with another action or observation space, which no Dreamer here can use."""
+
+    def __init__(self, render_mode=None, **spaces_):
+        super().__init__()
+        self.__dict__.update(spaces_)
+
+
+for name, kwargs in {"MultiDiscrete": {"action_space": spaces.MultiDiscrete([2, 2])},
+                     "Unbounded": {"action_space": spaces.Box(-np.inf, np.inf, (1,))},
+                     "TextObs": {"observation_space": spaces.Text(3)}}.items():
+    gym.register(f"{name}-v0", entry_point=f"{__name__}:Unsupported", kwargs=kwargs)
 for name, kwargs in {"Echo": {}, "EchoTruncated": {"terminates": False}, "EchoBox": {"continuous": True}}.items():
     gym.register(f"{name}-v0", entry_point=f"{__name__}:Echo", kwargs=kwargs)

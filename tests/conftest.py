@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -79,9 +80,21 @@ class Running:
     def kill(self, number: int = signal.SIGTERM) -> None:
         os.kill(self.pid, number)
 
-    def wait(self) -> Finished:
+    def wait(self, seconds: float = 60.0) -> Finished:
+        watchdog = threading.Timer(seconds, self.kill, [signal.SIGKILL])  # a hang is a failure, not a wait
+        watchdog.start()
         code = int(self.server.stdout.readline())
+        watchdog.cancel()
+        self.pid = 0
         return Finished(code, self.out.read_text(), self.err.read_text())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.pid:  # the test failed while it ran
+            self.kill(signal.SIGKILL)
+            self.wait()
 
 
 @pytest.fixture(scope="session")

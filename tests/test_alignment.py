@@ -96,7 +96,7 @@ def test_rows_of_the_replay_buffer(module, tmp_path, monkeypatch, env, num_envs)
 
 
 def test_a_limit_of_ours_is_not_a_terminal(module, tmp_path, monkeypatch):
-    rows = run(module, tmp_path, monkeypatch, "Echo", "--max-episode-steps", 2, "--train-ratio", 0)
+    rows = run(module, tmp_path, monkeypatch, "Echo", "--max-episode-steps", 2)
     episode, step = rows["vector"][0, :, 0], rows["vector"][0, :, 1]
     lengths = np.minimum(LENGTHS, 2)[episode.astype(int) % len(LENGTHS)]
     own_end = step == np.array(LENGTHS)[episode.astype(int) % len(LENGTHS)]

@@ -52,6 +52,14 @@ def progress_of(run_dir: Path, script: str) -> tuple[int, int]:
     return state["step"], state["updates"]
 
 
+def rows_written(folder: Path) -> int:
+    """By a run that is under way."""
+    try:
+        return int(np.load(next(folder.glob("runs/*/replay/rows.npy")))[1])
+    except (StopIteration, OSError, ValueError):
+        return 0
+
+
 def assert_user_error(done, *words: str, code: int = 1) -> None:
     """Exit status 1, one line that says what is wrong, no traceback."""
     lines = [line for line in done.err.split("\n") if line.startswith("error: ")]
@@ -148,11 +156,10 @@ def test_resume_of_a_finished_run_changes_nothing_that_matters(script, copied, c
 
 def test_terminated_run_is_saved_and_resumes(script, cli, tmp_path):
     """SIGTERM, as a cluster sends it: exit status 0, everything saved, the command to go on printed."""
-    running = cli.start(script, *new_run(100_000, "--buffer-size", 500), cwd=tmp_path)
-    running.wait_for(lambda: "updates=" in running.err.read_text() or list(tmp_path.glob("runs/*/checkpoint.pt")))
-    running.wait_for(lambda: np.load(next(tmp_path.glob("runs/*/replay/rows.npy")))[1] > 30)
-    running.kill(signal.SIGTERM)
-    done = running.wait()
+    with cli.start(script, *new_run(100_000, "--buffer-size", 500), cwd=tmp_path) as running:
+        running.wait_for(lambda: rows_written(tmp_path) > 30)
+        running.kill(signal.SIGTERM)
+        done = running.wait()
     assert done.code == 0 and "Traceback" not in done.err, str(done)
     run_dir = run_dir_in(tmp_path)
     printed = re.search(rf"python {script}\.py --resume (\S+)", done.out)
@@ -164,12 +171,12 @@ def test_terminated_run_is_saved_and_resumes(script, cli, tmp_path):
 
 
 def test_killed_run_resumes_from_its_last_checkpoint(script, cli, tmp_path):
-    """SIGKILL, with a ring so short that all its rows are newer than the checkpoint."""
-    running = cli.start(script, *new_run(100_000, "--buffer-size", 12), cwd=tmp_path)
-    running.wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
-    running.wait_for(lambda: np.load(next(tmp_path.glob("runs/*/replay/rows.npy")))[1] > 60)
-    running.kill(signal.SIGKILL)
-    assert running.wait().code == -signal.SIGKILL
+    """SIGKILL, with a ring that is shorter than the run."""
+    run = new_run(100_000, "--buffer-size", 12, "--checkpoint-every", 40)
+    with cli.start(script, *run, cwd=tmp_path) as running:
+        running.wait_for(lambda: rows_written(tmp_path) > 44)
+        running.kill(signal.SIGKILL)
+        assert running.wait().code == -signal.SIGKILL
     run_dir = run_dir_in(tmp_path)
     step, _ = progress_of(run_dir, script)
     done = cli(script, "--resume", run_dir, "--total-timesteps", step + 40, cwd=tmp_path)
@@ -178,7 +185,6 @@ def test_killed_run_resumes_from_its_last_checkpoint(script, cli, tmp_path):
 
 def test_killed_between_checkpoints_with_a_short_ring(script, cli, tmp_path):
     """A checkpoint at 30, rows up to 60 and more written, a ring of 12: nothing of it is left."""
-    run = new_run(100_000, "--buffer-size", 12)
     done = cli(script, *new_run(30, "--buffer-size", 12), cwd=tmp_path)
     assert done.code == 0, str(done)
     run_dir = run_dir_in(tmp_path)
@@ -187,7 +193,6 @@ def test_killed_between_checkpoints_with_a_short_ring(script, cli, tmp_path):
     (run_dir / "checkpoint.pt").write_bytes(checkpoint)  # as if killed at 70
     done = cli(script, "--resume", run_dir, "--total-timesteps", 80, cwd=tmp_path)
     assert done.code == 0 and progress_of(run_dir, script)[0] == 80, str(done)
-    assert run
 
 
 def test_evaluate_prints_every_return_and_changes_nothing(script, trained, cli, tmp_path):
@@ -267,21 +272,20 @@ def test_bad_flag(script, cli, tmp_path, name):
         assert not (tmp_path / "runs").exists(), "a failed start leaves an empty run directory"
 
 
-@pytest.mark.parametrize("space", ["MultiDiscrete([2, 2])", "Box(-np.inf, np.inf, (1,), np.float32)"])
-def test_unsupported_space(script, cli, tmp_path, space):
+@pytest.mark.parametrize("name", ["MultiDiscrete", "Unbounded", "TextObs"])
+def test_unsupported_space(script, cli, tmp_path, name):
+    done = cli(script, *new_run(40, env=f"tests.alignment_envs:{name}-v0"), cwd=tmp_path)
+    space = {"MultiDiscrete": "MultiDiscrete([2 2])", "Unbounded": "Box(-inf, inf", "TextObs": "Text("}[name]
+    assert_user_error(done, space, "not supported", "Discrete")
+
+
+def test_an_environment_next_to_where_the_user_stands(script, cli, tmp_path):
+    """The message of a missing module says "run from its folder?"; so that has to help."""
     (tmp_path / "my_env.py").write_text(
-        "import gymnasium as gym, numpy as np\nfrom gymnasium.spaces import Box, MultiDiscrete\n"
-        "from tests.fake_envs import CountingEnv\n"
-        "class Mine(CountingEnv):\n    def __init__(self):\n        super().__init__()\n"
-        f"        self.action_space = {space}\n"
-        "gym.register('Mine-v0', entry_point=Mine)\n")
-    words = [space.partition("(")[0], "not supported", "Discrete"]
-    (tmp_path / "sitecustomize.py").write_text("")
-    link = tmp_path / "launcher"
-    link.mkdir()
-    # A module next to where the user stands is found; see the next assertion.
-    done = cli(script, *new_run(40, env="my_env:Mine-v0"), cwd=tmp_path)
-    assert_user_error(done, *words)
+        "import gymnasium as gym\nfrom tests.fake_envs import CountingEnv\n"
+        "gym.register('Mine-v0', entry_point=CountingEnv)\n")
+    done = cli(script, *new_run(12, env="my_env:Mine-v0"), cwd=tmp_path)
+    assert done.code == 0, str(done)
 
 
 @pytest.mark.parametrize("flags", [["--no-such-flag", "1"], ["--batch-size", "many"], ["--size", "XXXL"]])
