@@ -29,7 +29,7 @@ What changed since DreamerV2 (each tag stands where the change happens)
 Symbols (paper -> code)
     x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
     a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
-    gamma  args.gamma     lambda  args.lambda_        eta  args.actor_entropy
+    gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
     sg()  .detach()       Per(R, p)  torch.quantile   q(z|h,x)  post_*     p(z|h)  prior_*
 
 Dimension key (time-major throughout; the trailing shape comments are checked by a test)
@@ -69,7 +69,8 @@ import math
 import mmap
 import sys
 from collections import deque
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -235,7 +236,7 @@ class Args:
     """Imagination horizon, H (paper: 15)."""
     discount_horizon: float = 333.0
     """1 / (1 - gamma) (paper: 333)."""
-    lambda_: float = 0.95
+    return_lambda: float = 0.95
     """Return lambda (paper: 0.95)."""
     critic_ema_decay: float = 0.98
     """Decay of the slow critic (paper: 0.98)."""
@@ -274,17 +275,15 @@ class Args:
         for name, value in derived.items():
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
-        # A run never needs to hold more than it collects.
-        object.__setattr__(self, "buffer_size", min(self.buffer_size, self.total_timesteps))
         self.check()
 
     def check(self) -> None:
         """Raise `runs.UserError`, one line, for a value that cannot work."""
         check_numbers(self, may_be_zero={
             "seed", "env_seed", "eval_env_seed", "threads", "video_every", "max_episode_steps",
-            "noop_max", "unimix", "beta_pred", "beta_dyn", "beta_rep", "free_bits",
-            "lambda_", "learning_starts", "max_env_restarts", "critic_ema_decay", "actor_entropy",
-            "critic_ema_regularizer", "return_norm_low", "return_norm_decay"})
+            "noop_max", "unimix", "beta_pred", "beta_dyn", "beta_rep", "free_bits", "return_lambda",
+            "learning_starts", "max_env_restarts", "critic_ema_decay", "critic_ema_regularizer",
+            "actor_entropy", "return_norm_low", "return_norm_decay"})
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
             raise runs.UserError(f"--image-size is {self.image_size}; use 8, 16, 32, 64, 128, ...")
         if self.batch_length > self.capacity:
@@ -299,8 +298,8 @@ class Args:
 
     @property
     def capacity(self) -> int:
-        """Rows of the replay ring of one environment."""
-        return math.ceil(self.buffer_size / self.num_envs)
+        """Rows of the replay ring of one environment; a run never needs more than it collects."""
+        return math.ceil(min(self.buffer_size, self.total_timesteps) / self.num_envs)
 
     @property
     def env_config(self) -> EnvConfig:
@@ -316,7 +315,7 @@ class Batch(NamedTuple):
 
     image: Tensor | None  # (T, B, I, I, C) uint8
     vector: Tensor | None  # (T, B, V) float32
-    action: Tensor  # (T, B, A) float32, chosen at this observation
+    action: Tensor  # (T, B, A) float32, chosen at this observation [V3-10]
     reward: Tensor  # (T, B) float32, received with this observation
     is_first: Tensor  # (T, B) bool
     is_terminal: Tensor  # (T, B) bool
@@ -399,38 +398,32 @@ class ReplayBuffer:
 
 
 class Feeder:
-    """Batches for the device, each sampled and copied while the update before it still runs.
-
-    A batch that waits at a checkpoint is drawn again by the resume: `state` holds the sampler as it
-    was before.
-    """
+    """Batches for the device. On a GPU the next one is sampled and copied while an update runs."""
 
     def __init__(self, replay: ReplayBuffer, device: torch.device, batch_size: int, length: int):
         self.replay, self.device, self.shape = replay, device, (batch_size, length)
-        self.waiting, self.rng_state = None, None
-
-    @property
-    def state(self) -> dict:
-        """The replay's part of the checkpoint, with the sampler as a resume needs it."""
-        waiting = {"rng": self.rng_state} if self.waiting else {}
-        return self.replay.state_dict() | waiting
-
-    def prepare(self) -> None:
-        """Draw the next batch now. On a GPU this returns before the copy is done."""
-        self.rng_state = self.replay.rng.bit_generator.state
-        batch = self.replay.sample(*self.shape, self.replay.rng)
-        if self.device.type == "cuda":
-            batch = Batch(*(x if x is None else x.pin_memory().to(self.device, non_blocking=True)
-                            for x in batch))
-        self.waiting = batch
+        self.waiting = None
 
     def next(self) -> Batch:
         """The batch that was prepared, or a fresh one."""
-        if self.waiting is None:
-            self.prepare()
-        batch, self.waiting = self.waiting, None
+        batch, self.waiting = self.waiting or self.draw(), None
         return batch
 
+    def prepare(self) -> None:
+        """Draw the next batch ahead. On a CPU there would be nothing to overlap it with."""
+        if self.device.type == "cuda":
+            self.waiting = self.draw()
+
+    def draw(self) -> Batch:
+        """Sample and copy; on a GPU this returns before the copy is done."""
+        return on_device(self.replay.sample(*self.shape, self.replay.rng), self.device)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch from the CPU, to a GPU through pinned memory so that nobody waits for it."""
+    if device.type == "cuda":
+        batch = Batch(*(x if x is None else x.pin_memory() for x in batch))
+    return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in batch))
 
 
 # ------------------------------------------------------------------------ 4 maths and distributions
@@ -513,6 +506,11 @@ class TwoHot:
         """`logits` (..., L); `buckets` (L,), their positions in symlog space."""
         self.logits, self.buckets = logits.float(), buckets
 
+    @cached_property
+    def normaliser(self) -> Tensor:
+        """ln sum_i exp(logits_i) (...), once for both targets of the critic."""
+        return self.logits.logsumexp(-1)
+
     def mean(self) -> Tensor:
         """symexp(sum_i p_i b_i) (...): the mean is taken in symlog space, then transformed."""
         return symexp(self.logits.softmax(-1) @ self.buckets)
@@ -530,10 +528,10 @@ class TwoHot:
         low, high = self.buckets[below], self.buckets[above]
         share = (target - low) / (high - low)
         pair = self.logits.gather(-1, torch.stack([below, above], -1))
-        return pair[..., 0].lerp(pair[..., 1], share) - self.logits.logsumexp(-1)
+        return pair[..., 0].lerp(pair[..., 1], share) - self.normaliser
 
 
-# ----------------------------------------------------------------------- 5 encoder, decoder, heads
+# ------------------------------------------------------------------------ 5 encoder, decoder, heads
 def init_hidden(weight: Tensor) -> None:
     """Truncated normal whose variance is 1 / average fan (Xavier), cut at two sigma.
 
@@ -581,13 +579,13 @@ class MLP(nn.Sequential):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (N, C, H, W), at each pixel for itself.
+    """LayerNorm over the channels of an image batch, at each pixel for itself.
 
     The images are channels-last in memory, so both permutations are free.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> the same shape."""
+        """(n, c, h, w) -> the same shape."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -691,7 +689,7 @@ class TwoHotHead(nn.Module):
         return TwoHot(self.out(self.mlp(feat)), self.buckets)
 
 
-# ------------------------------------------------------------------------------------------ 6 RSSM
+# ------------------------------------------------------------------------------------------- 6 RSSM
 class State(NamedTuple):
     """Recurrent state of the model, and the action chosen there, which leads to the next one."""
 
@@ -814,7 +812,7 @@ class WorldModel(nn.Module):
         self.continue_head = ContinueHead(args, self.feat_dim)
 
 
-# ------------------------------------------------------------------------------ 7 actor and critic
+# ------------------------------------------------------------------------------- 7 actor and critic
 class Actor(nn.Module):
     """Feature -> policy pi(a_t | s_t), Eq. 6."""
 
@@ -866,7 +864,7 @@ class ReturnScale(nn.Module):
         return (self.range[1] - self.range[0]).clamp(min=self.limit)
 
 
-# ---------------------------------------------------------------------------------------- 8 losses
+# ----------------------------------------------------------------------------------------- 8 losses
 def world_model_loss(model: WorldModel, batch: Batch, carry: State,
                      args: Args) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
     """Scaled loss terms of the world model, each (T, B), over every replayed step. Eq. 4-5.
@@ -974,7 +972,7 @@ def critic_loss(value_dist: TwoHot, slow_value: Tensor, ret: Tensor, weight: Ten
     return -(weight * (log_prob + args.critic_ema_regularizer * towards_slow)).mean()
 
 
-# ----------------------------------------------------------------------------------------- 9 agent
+# ------------------------------------------------------------------------------------------ 9 agent
 def gather_ranks(x: Tensor) -> Tensor:
     """Concatenate x (n,) of all processes: statistics must be those of the whole batch."""
     if not dist.is_initialized():
@@ -1088,7 +1086,7 @@ class Agent(nn.Module):
         model_norm = self.model_opt.step(model_loss)
         metrics = {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
         metrics |= stats | {"loss/model": model_loss.detach(), "grad_norm/model": model_norm}
-        alive = (~batch.is_terminal).float()
+        alive = (~batch.is_terminal).float()  # (T, B) [V3-11] a terminal start gets weight zero
         self.metrics = metrics | self.train_actor_critic(deter.flatten(0, 1), stoch.flatten(0, 1),
                                                          alive.flatten())
         return self.metrics
@@ -1109,14 +1107,15 @@ class Agent(nn.Module):
         slow_value = slow_dist.mean()  # (H, N)
         discount = args.gamma * torch.cat([alive[None], cont[1:]])  # (H1, N)
         weight = (discount.cumprod(0) / args.gamma)[:-1]  # (H, N)
-        ret = lambda_return(reward, value, discount, args.lambda_)  # [V3-6] from the fast critic
+        # [V3-6] The targets come from the fast critic.
+        ret = lambda_return(reward, value, discount, args.return_lambda)  # (H, N)
         scale = self.return_scale.update(ret)
 
         policy = self.actor.policy(output)
         loss_actor, entropy = actor_loss(policy, action, ret, value[:-1], weight, scale, args)
         starts = TwoHot(value_dist.logits[:-1], value_dist.buckets)
         loss_critic = critic_loss(starts, slow_value, ret, weight, args)
-        actor_norm = self.actor_opt.step(loss_actor, retain_graph=True)
+        actor_norm = self.actor_opt.step(loss_actor, retain_graph=not self.actor.discrete)
         critic_norm = self.critic_opt.step(loss_critic)
         self.update_slow_critic()
         return {"loss/actor": loss_actor.detach(), "loss/critic": loss_critic.detach(),
@@ -1272,8 +1271,7 @@ def dream(args: Args, run_dir: Path) -> list[Path]:
     arrays["is_first"][0] = True
     batch = Batch(**{"image": None, "vector": None, "action": torch.from_numpy(np.stack(actions))}
                   | {name: torch.from_numpy(array) for name, array in arrays.items()})
-    batch = Batch(*(x if x is None else x.to(agent.device) for x in batch))
-    videos = open_loop(agent, batch, args.dream_context)
+    videos = open_loop(agent, on_device(batch, agent.device), args.dream_context)
     paths = [run_dir / "videos" / "dream.gif", run_dir / "videos" / "dream.png"]
     paths[0].parent.mkdir(exist_ok=True)
     video.save_gif(paths[0], video.side_by_side(videos, args.dream_context))
@@ -1402,24 +1400,24 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
             speeds = progress.speeds(agent.updates)
             logger.scalars(speeds | finite(agent.metrics, agent.updates), progress.step)
             logger.progress(progress.step, updates=agent.updates)
-        if progress.due(args.video_every) and agent.updates:
+        if progress.due(args.video_every) and not empty:
             batch = feeder.replay.sample(1, args.batch_length, np.random.default_rng(progress.step))
-            panels = open_loop(agent, batch, min(args.dream_context, args.batch_length - 1))
-            logger.video("open_loop", video.side_by_side(panels, args.dream_context), progress.step)
+            context = min(args.dream_context, args.batch_length - 1)
+            panels = open_loop(agent, on_device(batch, agent.device), context)
+            logger.video("open_loop", video.side_by_side(panels, context), progress.step)
         if progress.due(args.checkpoint_every):
             save(run_dir, agent, feeder, progress.step)
+    logger.progress(progress.step, updates=agent.updates)
 
 
 def open_replay(args: Args, run_dir: Path, spec: EnvSpec, rank: int | None) -> ReplayBuffer:
     """The replay of this run, or with --offline that of another, whose files are left alone."""
-    part = "" if rank is None else f"rank{rank}"
-    if not args.offline:
-        return ReplayBuffer(run_dir / "replay" / part, spec, args.capacity, args.num_envs,
-                            args.seed + (rank or 0))
-    folder = Path(args.offline) / "replay" / part
-    num_envs, capacity = runs.array_shape(folder / "reward.npy")
+    folder = Path(args.offline or run_dir) / "replay" / ("" if rank is None else f"rank{rank}")
+    num_envs, capacity = args.num_envs, args.capacity
+    if args.offline or folder.exists():  # on a resume, too, the rings keep their size
+        num_envs, capacity = runs.array_shape(folder / "reward.npy")
     replay = ReplayBuffer(folder, spec, capacity, num_envs, args.seed + (rank or 0))
-    if not replay.windows(args.batch_length):
+    if args.offline and not replay.windows(args.batch_length):
         raise runs.UserError(f"{folder} holds {replay.count} rows per environment, fewer than "
                              f"--batch-length {args.batch_length}.")
     return replay
@@ -1453,7 +1451,7 @@ def save(run_dir: Path, agent: Agent, feeder: Feeder, step: int) -> None:
     """Replay rows to disk first, then the checkpoint that refers to them; never a broken state."""
     finite(agent.metrics, agent.updates)
     feeder.replay.flush()
-    mine = {"replay": feeder.state, "rng": runs.rng_state(agent.device)}
+    mine = {"replay": feeder.replay.state_dict(), "rng": runs.rng_state(agent.device)}
     ranks = [mine]
     if dist.is_initialized():
         ranks = [None] * dist.get_world_size()

@@ -1,5 +1,6 @@
 """From the command line to `Args`: new runs, and runs that a directory remembers."""
 
+import argparse
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -17,20 +18,23 @@ def parse(args_type: type, script: str, description: str, fixed: set[str]):
     Flags that are given win over what the run directory holds, except for the fields `fixed`, which
     its networks and its replay buffer depend on. Raises UserError, one line.
     """
-    args = tyro.cli(args_type, description=description)
-    modes = [mode for mode in MODES if getattr(args, mode)]
-    if not modes:
-        return args, None
-    if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other.")
-    run_dir = Path(getattr(args, modes[0]))
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for mode in MODES:
+        finder.add_argument(f"--{mode}")
+    given = {mode: path for mode, path in vars(finder.parse_known_args()[0]).items() if path}
+    if not given:
+        return tyro.cli(args_type, description=description), None
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(f'--{mode}' for mode in given)} exclude each other.")
+    (mode, path), = given.items()
+    run_dir = Path(path)
     stored = load_args(run_dir, script)
     if unknown := stored.keys() - {field.name for field in fields(args_type)}:
         raise UserError(f"{run_dir}/args.json has settings that this version does not know: "
                         f"{', '.join(sorted(unknown))}; use the version that wrote it.")
     original = args_type(**stored)
     args = tyro.cli(args_type, description=description, default=original)
-    for name in sorted(fixed - ({"num_envs"} if modes[0] != "resume" else set())):
+    for name in sorted(fixed - ({"num_envs"} if mode != "resume" else set())):
         if getattr(args, name) != getattr(original, name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(args, name)} does not fit {run_dir}, which was "

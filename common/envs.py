@@ -132,6 +132,8 @@ def env_spec(env: gym.Env) -> EnvSpec:
 def _make(config: EnvConfig) -> gym.Env:
     if config.action_repeat < 1 or config.image_size < 1 or config.max_episode_steps < 0:
         raise EnvError(f"action_repeat and image_size start at 1, max_episode_steps at 0: {config}")
+    if os.getcwd() not in sys.path:  # for `module:Id-v0`: the module is where the user stands
+        sys.path.append(os.getcwd())
     kwargs = {"render_mode": "rgb_array"} if config.render else {}
     if config.max_episode_steps:
         kwargs["max_episode_steps"] = -1  # no limit in environment steps: ours counts agent steps

@@ -112,7 +112,7 @@ class Twin:
             beta_pred=scales["reward"] if equal else 1.0,
             beta_dyn=c["loss_scales.dyn"], beta_rep=c["loss_scales.rep"],
             free_bits=c["dyn_loss.free"], discount_horizon=c["horizon"],
-            lambda_=c["return_lambda"], critic_ema_decay=1 - c["slow_critic_fraction"],
+            return_lambda=c["return_lambda"], critic_ema_decay=1 - c["slow_critic_fraction"],
             critic_ema_regularizer=c["loss_scales.slowreg"],
             return_norm_low=c["retnorm.perclo"] / 100, return_norm_high=c["retnorm.perchi"] / 100,
             return_norm_limit=1 / c["retnorm.max"], return_norm_decay=c["retnorm.decay"],

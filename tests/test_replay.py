@@ -293,7 +293,7 @@ def test_a_resume_draws_the_same_batches(module, before, after, capacity):
         fill(feeder.replay, range(4), 0, spec)
         turns(feeder, spec, before)
         feeder.replay.flush()
-        state = feeder.state
+        state = feeder.replay.state_dict()
         shutil.copytree(path.parent / "one", path.parent / "two")
         on = turns(feeder, spec, after)
         resumed = make("two")
@@ -304,12 +304,14 @@ def test_a_resume_draws_the_same_batches(module, before, after, capacity):
 
 
 def test_feeder_hands_out_what_it_prepared(module, tmp_path):
+    """On a GPU the next batch waits; on a CPU nothing does, so that a resume is exact."""
     spec = SPECS["both"]
     feeder = module.Feeder(module.ReplayBuffer(tmp_path / "replay", spec, 9, 2, 5), CPU, 3, 2)
     fill(feeder.replay, range(9), 0, spec)
-    first = feeder.next()  # nothing was prepared
+    first = feeder.next()
     feeder.prepare()
-    waiting = feeder.waiting
+    assert feeder.waiting is None
+    feeder.waiting = waiting = feeder.draw()
     assert feeder.next() is waiting and feeder.waiting is None
     assert not torch.equal(first.action, waiting.action)
     check(waiting, spec, 2)
