@@ -1400,7 +1400,7 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
             speeds = progress.speeds(agent.updates)
             logger.scalars(speeds | finite(agent.metrics, agent.updates), progress.step)
             logger.progress(progress.step, updates=agent.updates)
-        if progress.due(args.video_every) and not empty:
+        if progress.due(args.video_every) and agent.updates and not empty:
             batch = feeder.replay.sample(1, args.batch_length, np.random.default_rng(progress.step))
             context = min(args.dream_context, args.batch_length - 1)
             panels = open_loop(agent, on_device(batch, agent.device), context)

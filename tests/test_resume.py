@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,8 @@ def test_stopped_and_killed_anywhere_it_is_still_200_updates(script, recording, 
                 running.wait_for(lambda: any(last_write(path) > before for path in
                                              (tmp_path / "runs").glob("*/checkpoint.pt")))
                 time.sleep(chance.uniform(0, 0.3))
-                running.kill(number)
+                with suppress(ProcessLookupError):  # a fast machine is done by now
+                    running.kill(number)
             done = running.wait()
         assert done.code in (0, -signal.SIGKILL) and "Traceback" not in done.err, str(done)
     assert_same_run(only((tmp_path / "runs").iterdir()), straight, script)
