@@ -337,7 +337,7 @@ class ReplayBuffer:
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int):
         """Open the rings in `folder`, or make them. Raises `runs.UserError` if the disk is full
         or if the files are those of another environment or of other settings."""
-        self.capacity, self.num_envs = capacity, num_envs
+        self.folder, self.capacity, self.num_envs = folder, capacity, num_envs
         self.rng = np.random.default_rng(seed)
         layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
                   "is_first": (np.bool_, ()), "is_terminal": (np.bool_, ())}
@@ -1342,7 +1342,7 @@ def train(args: Args, run_dir: Path | None) -> None:
     replay = open_replay(args, run_dir, envs.spec, rank if world > 1 else None)
     feeder = Feeder(replay, device, args.batch_size // world, args.batch_length)
     if rank:  # the same weights on every rank, but not the same draws
-        torch.manual_seed(seed)
+        runs.seed_everything(seed, args.torch_deterministic)
     step = restore(saved, agent, feeder, rank, world) if saved else 0
     if rank == 0:
         greet(args, run_dir, replay, agent)
@@ -1356,7 +1356,8 @@ def train(args: Args, run_dir: Path | None) -> None:
             run_loop(args, run_dir, envs, agent, feeder, logger, episodes, stop, progress)
             save(run_dir, agent, feeder, progress.step)
     except EnvError:  # the environment is broken, what was learnt is not
-        save(run_dir, agent, feeder, progress.step)
+        if world == 1:  # the other ranks are not here to save with
+            save(run_dir, agent, feeder, progress.step)
         raise
     finally:
         logger.close()
@@ -1376,10 +1377,11 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
     graphed = args.compile and agent.device.type == "cuda"
     update = GraphedUpdate(agent) if graphed else agent.train_step
     while progress.step < args.total_timesteps and not any_rank(stop.requested, agent.device):
+        if not args.offline:
+            explore = progress.step < args.learning_starts
+            obs, carry = collect(agent, envs, feeder.replay, carry, explore)
         progress.advance(envs.num_envs * world)
         if not args.offline:
-            explore = progress.step <= args.learning_starts
-            obs, carry = collect(agent, envs, feeder.replay, carry, explore)
             for env in np.flatnonzero(obs.is_last):
                 logger.scalars({"charts/episodic_return": obs.episode_return[env],
                                 "charts/episodic_length": obs.episode_length[env]}, progress.step)
@@ -1438,7 +1440,8 @@ def greet(args: Args, run_dir: Path, replay: ReplayBuffer, agent: Agent) -> None
     """Say where the run is, what it will take, and how to make it comfortable."""
     millions = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
     print(f"run directory: {run_dir}")
-    print(f"replay buffer: {args.buffer_size:,} timesteps, {replay.gibibytes:.2f} GiB of disk")
+    print(f"replay buffer: {replay.capacity * replay.num_envs:,} timesteps, "
+          f"{replay.gibibytes:.2f} GiB of disk in {replay.folder}")
     print(f"agent: size {args.size}, {millions:.2f} million parameters, on {agent.device}"
           f"{' in bfloat16' if agent.bf16 else ''}")
     if agent.device.type == "cpu" and args.units > SIZES["XXS"]["units"]:
