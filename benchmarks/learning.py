@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent)]
 from benchmarks.speed import machine  # noqa: E402
 
-LAPTOP = ("--size XXS --stoch 8 --classes 8 --batch-length 32 --train-ratio 128 "
+LAPTOP = ("--size XXS --stoch 8 --classes 8 --batch-length 16 --train-ratio 64 "
           "--model-lr 5e-4 --actor-lr 3e-4 --critic-lr 5e-4 --threads 1")
 TASKS = {  # what a user types: the flags behind `python dreamer_v3.py`, and the mean return to reach
     "cartpole": (f"--env-id CartPole-v1 --total-timesteps 12000 {LAPTOP}", 450),
