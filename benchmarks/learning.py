@@ -29,8 +29,8 @@ LAPTOP = ("--size XXS --stoch 8 --classes 8 --model-lr 5e-4 --actor-lr 3e-4 --cr
 TASKS = {  # what a user types: the flags behind `python dreamer_v3.py`, and the mean return to reach
     "cartpole": (f"--env-id CartPole-v1 --total-timesteps 10000 --batch-length 32 "
                  f"--train-ratio 128 {LAPTOP}", 450),
-    "pendulum": (f"--env-id Pendulum-v1 --total-timesteps 6000 --batch-length 16 "
-                 f"--train-ratio 64 {LAPTOP}", -250),
+    "pendulum": (f"--env-id Pendulum-v1 --total-timesteps 6000 --batch-length 32 "
+                 f"--train-ratio 128 {LAPTOP}", -250),
 }
 MARKS = ("<!-- laptop:begin -->", "<!-- laptop:end -->")
 
