@@ -1333,6 +1333,7 @@ def train(args: Args, run_dir: Path | None) -> None:
                              "processes.")
     device = torch.device(accelerator, local_rank) if accelerator == "cuda" else torch.device("cpu")
     runs.seed_everything(args.seed, args.torch_deterministic)
+    runs.keep_freed_memory()
     saved = runs.load_checkpoint(run_dir / "checkpoint.pt", SCRIPT, device) if run_dir else None
     seed = args.seed + 1_000 * rank + 1_000_000 * (saved["step"] if saved else 0)
     envs = Envs(args.env_config, args.num_envs, seed, args.max_env_restarts, args.env_timeout,

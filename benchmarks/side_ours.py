@@ -41,7 +41,7 @@ class Ours(Side):
         """Observations in numpy on the way in, actions in numpy on the way out, as in the loop."""
         image = synthetic_batch(1, rows, self.setting["actions"])["image"][0]
         no, zero = np.zeros(rows, bool), np.zeros(rows, np.float32)
-        step = EnvStep(image, None, zero, no, no, no, zero.astype(np.float64), zero.astype(np.int64))
+        step = EnvStep(image, None, zero, no, no, no, zero.astype(float), zero.astype(int))
         carry = self.agent.blank_state(rows)
 
         def act():

@@ -33,7 +33,8 @@ class Sheeprl(Side):
     def __init__(self, setting: dict):
         super().__init__(setting)
         precision = "bf16-mixed" if setting["bf16"] else "32-true"
-        sizes = {"dense_units": "units", "mlp_layers": "layers", "world_model.stochastic_size": "stoch",
+        sizes = {"dense_units": "units", "mlp_layers": "layers",
+                 "world_model.stochastic_size": "stoch",
                  "world_model.discrete_size": "classes",
                  "world_model.encoder.cnn_channels_multiplier": "depth",
                  "world_model.recurrent_model.recurrent_state_size": "deter",

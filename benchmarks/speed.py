@@ -7,8 +7,8 @@
     python benchmarks/speed.py --profile                    only: where an update spends its time
     python benchmarks/speed.py --table --write              results/*.json into the README
 
-Every side (ours, the peer; float32, bf16) is one process, and they take turns: A B A B ... A machine
-that is busy for a minute is then busy for all, and a ratio is the median over the rounds.
+Every side (ours, the peer; float32, bf16) is one process, and they take turns: A B A B ... A
+machine that is busy for a minute is then busy for all; a ratio is the median over the rounds.
 """
 
 import datetime
@@ -124,7 +124,8 @@ def start_sides(options: Options) -> dict[str, Process]:
             sides[name] = Process(options.peer_python, f"side_{options.peer}.py",
                                   setting | {"compile": options.peer_compile})
         name = " ".join(["ours", precision] + ["compiled"] * options.compile)
-        sides[name] = Process(sys.executable, "side_ours.py", setting | {"compile": options.compile})
+        setting["compile"] = options.compile
+        sides[name] = Process(sys.executable, "side_ours.py", setting)
     return sides
 
 
@@ -162,7 +163,7 @@ def measure(options: Options) -> dict:
 
 
 def scaling(side: Process, options: Options) -> dict:
-    """Median seconds per update over batch length (at --batch-size) and size (at --batch-length)."""
+    """Median seconds per update over batch length and over batch size."""
     shapes = {"length": [(length, options.batch_size) for length in (16, 32, 64, 128)],
               "size": [(options.batch_length, rows) for rows in (4, 8, 16, 32)]}
     table = {}
@@ -200,15 +201,22 @@ def machine() -> dict:
             name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py")}
 
 
-def save(kind: str, options, results: dict) -> Path:
-    """Write one result with all that it depends on."""
+def start_record(kind: str, options) -> dict:
+    """All that a result depends on, taken before the code is loaded: commits may come meanwhile."""
     def git(*command):
-        return subprocess.run(["git", *command], cwd=HERE, text=True, capture_output=True).stdout.strip()
+        done = subprocess.run(["git", *command], cwd=HERE, text=True, capture_output=True)
+        return done.stdout.strip()
     now = datetime.datetime.now(datetime.UTC)
-    dirty = "-dirty" if git("status", "--porcelain", "--", "..") else ""
-    record = {"kind": kind, "date": f"{now:%Y-%m-%d %H:%M} UTC", "commit": git("rev-parse", "HEAD") + dirty,
-              "machine": machine(), "options": vars(options)} | results
-    path = HERE / "results" / f"{kind}_{options.setting}_{now:%Y%m%d_%H%M%S}.json"
+    dirty = "-dirty" if git("status", "--porcelain", "-uno") else ""
+    return {"kind": kind, "date": f"{now:%Y-%m-%d %H:%M:%S} UTC",
+            "commit": git("rev-parse", "HEAD") + dirty, "machine": machine(),
+            "options": vars(options)}
+
+
+def save(record: dict) -> Path:
+    """Write one result."""
+    stamp = "".join(c for c in record["date"] if c.isdigit())
+    path = HERE / "results" / f"{record['kind']}_{record['options']['setting']}_{stamp}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
@@ -226,56 +234,63 @@ def speed_rows(record: dict) -> list[str]:
                      key=statistics.median) for key in ("update", "act_1")}
     for name, side in sides.items():
         seconds, precision = statistics.median(side["update"]), name.split()[1]
-        flops = side.get("flops") or next((s["flops"] for n, s in sides.items()
-                                           if n.split()[0] == name.split()[0] and "flops" in s), math.nan)
+        same = [other["flops"] for key, other in sides.items()
+                if key.split()[0] == name.split()[0] and "flops" in other]
+        flops = side.get("flops") or max(same, default=math.nan)
         acting = [f"{1e3 * statistics.median(side[key]):.1f}" for key in ("act_1", "act_16")]
         compiling = side["first_update"] - seconds if "compiled" in name else 0
-        ratios = [f"{ratio(side[key], best[key]):.2f}" if best[key] and name.startswith("ours") else ""
+        is_ours = name.startswith("ours")
+        ratios = [f"{ratio(side[key], best[key]):.2f}" if best[key] and is_ours else ""
                   for key in ("update", "act_1")]
+        size = options["size"] if options["setting"] == "size" else options["setting"]
         rows.append(" | ".join([
-            "", options["size"] if options["setting"] == "size" else options["setting"],
-            str(options["threads"] or "all"), name + (f" ({compiling:.0f} s)" if compiling else ""),
+            "", size, str(options["threads"] or "all"),
+            name + (f" ({compiling:.0f} s)" if compiling else ""),
             f"{seconds:.3g}", ratios[0], " / ".join(acting), ratios[1],
             f"{side['peak_memory'] / 1e9:.1f} GB", f"{side['parameters'] / 1e6:.2f} M",
-            f"{flops / 1e9:.0f}", f"{flops / seconds / record['matmul'][precision]:.0%}", ""]).strip())
+            f"{flops / 1e9:.0f}", f"{flops / seconds / record['matmul'][precision]:.0%}", ""
+        ]).strip())
     return rows
 
 
 def table() -> str:
     """Markdown of the latest result of every kind of measurement."""
     latest = {}
-    for path in sorted(HERE.glob("results/*.json"), key=lambda p: p.stem[-15:]):
-        record = json.loads(path.read_text())
+    records = [json.loads(path.read_text()) for path in HERE.glob("results/*.json")]
+    for record in sorted((r for r in records if "kind" in r), key=lambda r: r["date"]):
         options, where = record["options"], record["machine"]
-        latest[(record["kind"], where["gpu"] or where["cpu"], options.get("setting"), options.get("size"),
-                options.get("threads"), options.get("compile"))] = record
+        chosen = [options.get(key) for key in ("setting", "size", "threads", "compile")]
+        latest[(record["kind"], where["gpu"] or where["cpu"], *chosen)] = record
     parts = []
     for place in dict.fromkeys(key[1] for key in latest):
         speeds = [r for k, r in latest.items() if k[0] == "speed" and k[1] == place]
         wholes = [r for k, r in latest.items() if k[0] == "whole_run" and k[1] == place]
         about = (speeds + wholes)[0]
         where = about["machine"]
-        parts.append(f"{place}, {where['cores']} cores, {'' if where['avx512_bf16'] else 'no '}avx512_bf16, "
-                     f"torch {where['torch']}, {about['date'][:10]}, commit {about['commit'][:9]}")
+        native = "avx512_bf16" if where["avx512_bf16"] else "no avx512_bf16"
+        parts.append(f"{place}, {where['cores']} cores, {native}, torch {where['torch']}, "
+                     f"{about['date'][:10]}, commit {about['commit'][:9]}{about['commit'][40:]}")
         if speeds:
             rates = speeds[-1]["matmul"]
-            parts[-1] += "; matrix product " + ", ".join(f"{v / 1e9:.3g} GFLOP/s in {k}" for k, v in rates.items())
-            head = ["setting", "threads", "", "s / update", "of best peer", "acting, ms (1 / 16)", "of best peer",
-                    "peak", "parameters", "GFLOP / update", "of matmul rate"]
+            parts[-1] += "; matrix product " + ", ".join(
+                f"{rate / 1e9:.3g} GFLOP/s in {dtype}" for dtype, rate in rates.items())
+            head = ["setting", "threads", "", "s / update", "of best peer", "acting, ms (1 / 16)",
+                    "of best peer", "peak", "parameters", "GFLOP / update", "of matmul rate"]
             lines = [row for record in speeds for row in speed_rows(record)]
             parts.append("\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]))
         for record in speeds:
             for side in record["sides"].values():
-                parts += [f"Seconds per update over batch {axis}: " + ", ".join(
-                    f"{n}: {s:.3g}" for n, s in row.items()) for axis, row in side.get("scaling", {}).items()]
+                for axis, row in side.get("scaling", {}).items():
+                    times = ", ".join(f"{n}: {seconds:.3g}" for n, seconds in row.items())
+                    parts.append(f"Seconds per update over batch {axis}: {times}")
                 if "envs" in side:
                     parts.append("Steps per second: " + ", ".join(
-                        f"{e['num_envs']} {e['env_id']}{' with the agent' * e['acting']}: {e['per_second']:.0f}"
-                        for e in side["envs"]))
+                        f"{row['num_envs']} {row['env_id']}{' with the agent' * row['acting']}: "
+                        f"{row['per_second']:.0f}" for row in side["envs"]))
         for record in wholes:
             parts.append(f"Whole run, {record['options']['threads']} threads: " + ", ".join(
                 f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items()))
-    if not torch.cuda.is_available() and not any(k[1] for k in latest if "NVIDIA" in k[1]):
+    if not any(record["machine"]["gpu"] for record in latest.values()):
         parts.append("CUDA: not measured.")
     return "\n\n".join(parts)
 
@@ -297,8 +312,9 @@ def main() -> None:
         side.ask("update", repeat=2)
         print(side.ask("profile", rows=20)["table"])
     else:
-        path = save("speed", options, measure(options))
-        print("\n".join(speed_rows(json.loads(path.read_text()))), path, sep="\n")
+        record = start_record("speed", options)
+        record |= measure(options)
+        print("\n".join(speed_rows(record)), save(record), sep="\n")
 
 
 if __name__ == "__main__":

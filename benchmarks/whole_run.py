@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 
 import tyro
-from speed import HERE, save
+from speed import HERE, save, start_record
 
 THEIR_START = ("import ale_py, gymnasium; gymnasium.register_envs(ale_py); "
                "from sheeprl.cli import run; run()")
@@ -40,11 +40,12 @@ class Options:
 def main() -> None:
     """Run one after the other, each from start to end of its process."""
     options = tyro.cli(Options, description=__doc__)
+    record = start_record("whole_run", options)
     ours = [sys.executable, str(HERE.parent / "dreamer_v3.py"),
             *"--env-id MsPacmanNoFrameskip-v4 --max-episode-steps 27000 --learning-starts 1024 "
-             "--train-ratio 64 --buffer-size 16384 --deter 8 --hidden 8 --units 8 --layers 1 --depth 2 "
-             "--stoch 4 --classes 4 --log-every 5000 --video-every 0 --checkpoint-every 10000 "
-             "--amp off".split(),
+             "--train-ratio 64 --buffer-size 16384 --deter 8 --hidden 8 --units 8 --layers 1 "
+             "--depth 2 --stoch 4 --classes 4 --log-every 5000 --video-every 0 "
+             "--checkpoint-every 10000 --amp off".split(),
             "--total-timesteps", str(options.steps), "--threads", str(options.threads)]
     theirs = [options.peer_python, "-c", THEIR_START, "exp=dreamer_v3_benchmarks",
               "env.capture_video=False", f"algo.total_steps={options.steps}",
@@ -59,7 +60,7 @@ def main() -> None:
                            env=os.environ | {"OMP_NUM_THREADS": str(options.threads)})
             seconds[name] = time.perf_counter() - start
         print(f"{name}: {seconds[name]:.1f} s", flush=True)
-    print(save("whole_run", options, {"seconds": seconds}))
+    print(save(record | {"seconds": seconds}))
 
 
 if __name__ == "__main__":

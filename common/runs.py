@@ -3,6 +3,7 @@
 With several processes only rank 0 makes files; the others give their Logger enabled=False.
 """
 
+import ctypes
 import errno
 import itertools
 import json
@@ -209,6 +210,18 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic  # its choice depends on timing
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep large blocks that torch frees instead of giving them back to the kernel.
+
+    Each update allocates the same tensors again; getting them zeroed from the kernel every time
+    cost 8% (tiny networks) to 20% (size S) of an update on a CPU. Linux with glibc only.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: take blocks below 1 GiB from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
 
 
 def rng_state(device: torch.device | str) -> dict:

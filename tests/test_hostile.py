@@ -60,7 +60,7 @@ def test_the_run_goes_on(script, cli, tmp_path, fault):
     observation; the third restart is one too many in a run of 20 steps only if it is not allowed."""
     done = cli(script, *new_run(fault, 20), cwd=tmp_path)
     assert done.code == 0 and "Traceback" not in done.err, str(done)
-    lines = re.findall(rf"^tests.fake_envs:{fault}-v0 \(environment 0\) failed at step (\d+), restart (\d) of 10: "
+    lines = re.findall(rf"tests.fake_envs:{fault}-v0 \(environment 0\) failed at step (\d+), restart (\d) of 10: "
                        r"(.*)$", done.err, re.M)
     assert [(int(step), int(restart)) for step, restart, _ in lines] == [(3, 1), (7, 2), (11, 3), (15, 4), (19, 5)]
     assert all(ALONE[fault] in text for *_, text in lines), lines
@@ -94,7 +94,7 @@ def test_killed_worker_is_restarted(script, cli, tmp_path):
     with cli.start(script, *run, cwd=tmp_path) as running:
         running.wait_for(lambda: any(np.fromfile(path, np.int64)[-1] > 8 for path in
                                      tmp_path.glob("runs/*/replay/rows.npy")))
-        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+        table = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
         worker = [int(line.split()[0]) for line in table.splitlines()
                   if int(line.split()[1]) == running.pid and "spawn_main" in line]
         assert len(worker) == 2, table
