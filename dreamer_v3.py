@@ -900,9 +900,9 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     losses["dyn"] = args.beta_dyn * dyn.clamp(min=args.free_bits)
     losses["rep"] = args.beta_rep * rep.clamp(min=args.free_bits)
 
-    stats = {"kl": dyn.detach().mean(),
-             "post_entropy": post.entropy().detach().sum(-1).mean(),
-             "prior_entropy": prior.entropy().detach().sum(-1).mean()}
+    stats = {"latent/kl": dyn.detach().mean(),
+             "latent/post_entropy": post.entropy().detach().sum(-1).mean(),
+             "latent/prior_entropy": prior.entropy().detach().sum(-1).mean()}
     return losses, deter.detach(), stoch.detach(), stats
 
 
@@ -1120,9 +1120,9 @@ class Agent(nn.Module):
         self.update_slow_critic()
         return {"loss/actor": loss_actor.detach(), "loss/critic": loss_critic.detach(),
                 "grad_norm/actor": actor_norm, "grad_norm/critic": critic_norm,
-                "actor_entropy": entropy.detach().mean(), "return_scale": scale,
-                "imagined_return": ret.detach().mean(), "imagined_value": value.detach().mean(),
-                "imagined_reward": reward.detach().mean()}
+                "actor/entropy": entropy.detach().mean(), "imagined/return_scale": scale,
+                "imagined/return": ret.detach().mean(), "imagined/value": value.detach().mean(),
+                "imagined/reward": reward.detach().mean()}
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:
@@ -1335,6 +1335,9 @@ def train(args: Args, run_dir: Path | None) -> None:
     runs.seed_everything(args.seed, args.torch_deterministic)
     runs.keep_freed_memory()
     saved = runs.load_checkpoint(run_dir / "checkpoint.pt", SCRIPT, device) if run_dir else None
+    if saved and len(saved["ranks"]) != world:
+        raise runs.UserError(f"the run was made by {len(saved['ranks'])} processes, not {world}; "
+                             "start as many.")
     seed = args.seed + 1_000 * rank + 1_000_000 * (saved["step"] if saved else 0)
     envs = Envs(args.env_config, args.num_envs, seed, args.max_env_restarts, args.env_timeout,
                 args.env_seed)
@@ -1344,7 +1347,7 @@ def train(args: Args, run_dir: Path | None) -> None:
     feeder = Feeder(replay, device, args.batch_size // world, args.batch_length)
     if rank:  # the same weights on every rank, but not the same draws
         runs.seed_everything(seed, args.torch_deterministic)
-    step = restore(saved, agent, feeder, rank, world) if saved else 0
+    step = restore(saved, agent, feeder, rank) if saved else 0
     if rank == 0:
         greet(args, run_dir, replay, agent)
     logger = runs.Logger(run_dir, args.total_timesteps, step, rank == 0, args.track,
@@ -1365,7 +1368,7 @@ def train(args: Args, run_dir: Path | None) -> None:
         envs.close()
         if episodes:
             episodes.close()
-    if rank == 0 and stop.requested:
+    if rank == 0 and progress.step < args.total_timesteps:
         print(f"stopped and saved; go on with: python {SCRIPT}.py --resume {run_dir}")
 
 
@@ -1374,7 +1377,7 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
              progress: Progress) -> None:
     """Act, store, train, log, save; until the last timestep or until told to stop."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    carry, idle = None, agent.blank_state(feeder.shape[0])
+    carry, idle, last_return = None, agent.blank_state(feeder.shape[0]), math.nan
     graphed = args.compile and agent.device.type == "cuda"
     update = GraphedUpdate(agent) if graphed else agent.train_step
     while progress.step < args.total_timesteps and not any_rank(stop.requested, agent.device):
@@ -1384,7 +1387,8 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
         progress.advance(envs.num_envs * world)
         if not args.offline:
             for env in np.flatnonzero(obs.is_last):
-                logger.scalars({"charts/episodic_return": obs.episode_return[env],
+                last_return = obs.episode_return[env]
+                logger.scalars({"charts/episodic_return": last_return,
                                 "charts/episodic_length": obs.episode_length[env]}, progress.step)
             if episodes:
                 episodes.add(envs.render, obs.is_first[0])
@@ -1402,7 +1406,6 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
         if progress.due(args.log_every):
             speeds = progress.speeds(agent.updates)
             logger.scalars(speeds | finite(agent.metrics, agent.updates), progress.step)
-            logger.progress(progress.step, updates=agent.updates)
         if progress.due(args.video_every) and agent.updates and not empty:
             batch = feeder.replay.sample(1, args.batch_length, np.random.default_rng(progress.step))
             context = min(args.dream_context, args.batch_length - 1)
@@ -1410,7 +1413,7 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
             logger.video("open_loop", video.side_by_side(panels, context), progress.step)
         if progress.due(args.checkpoint_every):
             save(run_dir, agent, feeder, progress.step)
-    logger.progress(progress.step, updates=agent.updates)
+        logger.progress(progress.step, episodic_return=last_return, updates=agent.updates)
 
 
 def open_replay(args: Args, run_dir: Path, spec: EnvSpec, rank: int | None) -> ReplayBuffer:
@@ -1467,11 +1470,8 @@ def save(run_dir: Path, agent: Agent, feeder: Feeder, step: int) -> None:
     runs.save_checkpoint(run_dir / "checkpoint.pt", state | {"ranks": ranks}, SCRIPT)
 
 
-def restore(saved: dict, agent: Agent, feeder: Feeder, rank: int, world: int) -> int:
+def restore(saved: dict, agent: Agent, feeder: Feeder, rank: int) -> int:
     """Undo `save`; returns the timestep."""
-    if len(saved["ranks"]) != world:
-        raise runs.UserError(f"the run was made by {len(saved['ranks'])} processes, not {world}; "
-                             "start as many.")
     agent.load_state_dict(saved["agent"])
     agent.updates = saved["updates"]
     for name, adam in agent.optimizers().items():  # learning rates are this call's, not the file's

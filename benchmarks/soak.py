@@ -37,7 +37,7 @@ class Options:
     """Length of the run."""
     script: str = "dreamer_v3"
     """Which agent."""
-    every: float = 5.0
+    every: float = 2.0
     """Seconds between two samples."""
     trace: bool = False
     """Also print the lines of Python that own more memory at the end (tracemalloc; slow)."""
@@ -45,9 +45,12 @@ class Options:
     """Further flags for the script, at the end of the line."""
 
 
-SETTING = """--env-id CartPole-v1 --size XXS --train-ratio 64 --total-timesteps 100000000
-    --buffer-size 1000000 --log-every 100 --video-every 1000 --checkpoint-every 500 --no-cuda
-    --threads 1 --capture-video""".split()
+# Small batches, so that much happens in a minute, and so that what an update needs for a moment
+# does not hide what is never given back.
+SETTING = """--env-id CartPole-v1 --size XXS --train-ratio 16 --batch-size 4 --batch-length 16
+    --horizon 5 --learning-starts 128 --total-timesteps 100000000 --buffer-size 1000000
+    --log-every 100 --video-every 1000 --checkpoint-every 1000 --no-cuda --threads 1
+    --capture-video""".split()
 
 TRACER = """
 import runpy, sys, threading, time, tracemalloc

@@ -557,9 +557,9 @@ def check_step(report, twin, n, opts, metrics) -> None:
     theirs = {"grad_norm/model": "model_opt_grad_norm", "grad_norm/actor": "actor_opt_grad_norm",
               "grad_norm/critic": "extr_critic_critic_opt_grad_norm",
               "loss/model": "model_opt_loss",
-              "loss/critic": "extr_critic_critic_opt_loss", "actor_entropy": "policy_entropy_mean",
-              "imagined_return": "extr_return_raw_mean", "imagined_reward": "extr_reward_mean",
-              "post_entropy": "post_ent_mean", "prior_entropy": "prior_ent_mean"}
+              "loss/critic": "extr_critic_critic_opt_loss", "actor/entropy": "policy_entropy_mean",
+              "imagined/return": "extr_return_raw_mean", "imagined/reward": "extr_reward_mean",
+              "latent/post_entropy": "post_ent_mean", "latent/prior_entropy": "prior_ent_mean"}
     for ours, key in theirs.items():
         kind = "gradient" if ours.startswith("grad_norm") else "forward"
         compare(report, fixture, f"step{n}/metrics/{key}", metrics[ours], kind)

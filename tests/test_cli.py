@@ -113,7 +113,7 @@ def test_training_curves(trained):
     assert curves["charts/episodic_return"] == [(step, 15.0) for step in range(6, 41, 6)]
     assert curves["charts/episodic_length"] == [(step, 5.0) for step in range(6, 41, 6)]
     assert {"loss/model", "loss/image", "loss/reward", "loss/actor", "loss/critic", "grad_norm/model",
-            "grad_norm/actor", "grad_norm/critic", "actor_entropy"} <= curves.keys()
+            "grad_norm/actor", "grad_norm/critic", "actor/entropy"} <= curves.keys()
     assert all(np.isfinite([value for _, value in curve]).all() for curve in curves.values())
     assert [step for step, _ in curves["loss/model"]] == [20, 30, 40]
     log = EventAccumulator(str(trained[0])).Reload()

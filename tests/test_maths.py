@@ -218,7 +218,7 @@ def test_kl_is_summed_over_latents_and_equal_on_both_sides():
     expected = torch.distributions.kl_divergence(*sides).sum(-1)
     torch.testing.assert_close(losses["dyn"], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(losses["rep"], expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(stats["kl"], expected.mean(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats["latent/kl"], expected.mean(), atol=1e-5, rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------- categoricals
