@@ -67,6 +67,7 @@ Deviation (from the authors' code, danijar/dreamerv3 of June 2023)
 # ---------------------------------------------------------------------------------------- 1 imports
 import math
 import mmap
+import shutil
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -994,8 +995,8 @@ class Optimizer:
         """Minimise a scalar loss by one step; returns the gradient norm before clipping.
 
         Only this optimiser's parameters get gradients, though the actor's loss passes through the
-        world model and the critic. A loss or norm that is not finite skips the step, on the
-        device, without waiting for it; `train` then sees it in the metrics and stops.
+        world model and the critic. A norm that is not finite (a NaN loss makes it so, on every
+        rank) skips the step on the device, without waiting; `finite` then stops the run.
         """
         grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
         average_over_ranks(grads)
@@ -1004,7 +1005,7 @@ class Optimizer:
         for param, grad in zip(self.params, clipped):
             param.grad = grad
         self.adam.grad_scale = None
-        self.adam.found_inf = (~(norm.isfinite() & loss.isfinite())).float()
+        self.adam.found_inf = (~norm.isfinite()).float()
         self.adam.step()
         return norm
 
@@ -1307,16 +1308,21 @@ def random_action(spec: EnvSpec, num_envs: int) -> np.ndarray:
     return np.random.uniform(-1, 1, (num_envs, spec.action_dim)).astype(np.float32)
 
 
-def collect(agent: Agent, envs: Envs, replay: ReplayBuffer, carry: State | None,
-            explore: bool) -> tuple[EnvStep, State]:
+def collect(agent: Agent, envs: Envs, replay: ReplayBuffer, carry: State | None, explore: bool,
+            stop: runs.GracefulExit) -> tuple[EnvStep | None, State]:
     """Step the environments with the last action, choose the next one, store the row.
 
     `carry` is None at first; with `explore` the action is random, but the state is kept up to date.
+    Among several ranks, one whose environments are broken asks all to stop: no `EnvStep`.
     """
-    if carry is None:
-        obs, carry = envs.reset(), agent.blank_state(envs.num_envs)
-    else:
-        obs = envs.step(carry.action.cpu().numpy())
+    try:
+        obs = envs.step(carry.action.cpu().numpy()) if carry else envs.reset()
+    except EnvError as error:
+        if not dist.is_initialized():
+            raise
+        stop.requested, stop.error = True, error
+        return None, carry
+    carry = carry or agent.blank_state(envs.num_envs)
     carry = agent.act(obs, carry)
     action = random_action(agent.spec, envs.num_envs) if explore else carry.action.cpu().numpy()
     action[obs.is_last] = 0  # at the end of an episode nothing is chosen
@@ -1360,8 +1366,7 @@ def train(args: Args, run_dir: Path | None) -> None:
             run_loop(args, run_dir, envs, agent, feeder, logger, episodes, stop, progress)
             save(run_dir, agent, feeder, progress.step)
     except EnvError:  # the environment is broken, what was learnt is not
-        if world == 1:  # the other ranks are not here to save with
-            save(run_dir, agent, feeder, progress.step)
+        save(run_dir, agent, feeder, progress.step)
         raise
     finally:
         logger.close()
@@ -1381,17 +1386,17 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
     graphed = args.compile and agent.device.type == "cuda"
     update = GraphedUpdate(agent) if graphed else agent.train_step
     while progress.step < args.total_timesteps and not any_rank(stop.requested, agent.device):
+        obs = None
         if not args.offline:
             explore = progress.step < args.learning_starts
-            obs, carry = collect(agent, envs, feeder.replay, carry, explore)
+            obs, carry = collect(agent, envs, feeder.replay, carry, explore, stop)
         progress.advance(envs.num_envs * world)
-        if not args.offline:
-            for env in np.flatnonzero(obs.is_last):
-                last_return = obs.episode_return[env]
-                logger.scalars({"charts/episodic_return": last_return,
-                                "charts/episodic_length": obs.episode_length[env]}, progress.step)
-            if episodes:
-                episodes.add(envs.render, obs.is_first[0])
+        for env in np.flatnonzero(obs.is_last) if obs else ():
+            last_return = obs.episode_return[env]
+            logger.scalars({"charts/episodic_return": last_return,
+                            "charts/episodic_length": obs.episode_length[env]}, progress.step)
+        if episodes and obs:
+            episodes.add(envs.render, obs.is_first[0])
 
         # On a GPU this only queues work, which runs while the environments take their next step.
         # Right after the start or a resume there may be no whole window to replay yet.
@@ -1412,8 +1417,11 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
             panels = open_loop(agent, on_device(batch, agent.device), context)
             logger.video("open_loop", video.side_by_side(panels, context), progress.step)
         if progress.due(args.checkpoint_every):
+            logger.flush()  # what is logged up to here is never logged again
             save(run_dir, agent, feeder, progress.step)
         logger.progress(progress.step, episodic_return=last_return, updates=agent.updates)
+    if stop.error:
+        raise stop.error
 
 
 def open_replay(args: Args, run_dir: Path, spec: EnvSpec, rank: int | None) -> ReplayBuffer:
@@ -1422,7 +1430,12 @@ def open_replay(args: Args, run_dir: Path, spec: EnvSpec, rank: int | None) -> R
     num_envs, capacity = args.num_envs, args.capacity
     if args.offline or folder.exists():  # on a resume, too, the rings keep their size
         num_envs, capacity = runs.array_shape(folder / "reward.npy")
-    replay = ReplayBuffer(folder, spec, capacity, num_envs, args.seed + (rank or 0))
+    try:
+        replay = ReplayBuffer(folder, spec, capacity, num_envs, args.seed + (rank or 0))
+    except runs.UserError:
+        if not (run_dir / "checkpoint.pt").exists():  # a new run that finds no room leaves nothing
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
     if args.offline and not replay.windows(args.batch_length):
         raise runs.UserError(f"{folder} holds {replay.count} rows per environment, fewer than "
                              f"--batch-length {args.batch_length}.")
@@ -1445,7 +1458,7 @@ def greet(args: Args, run_dir: Path, replay: ReplayBuffer, agent: Agent) -> None
     millions = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
     print(f"run directory: {run_dir}")
     print(f"replay buffer: {replay.capacity * replay.num_envs:,} timesteps, "
-          f"{replay.gibibytes:.2f} GiB of disk in {replay.folder}")
+          f"{replay.gibibytes:.2f} GiB of disk in {replay.folder} (each rank has its own)")
     print(f"agent: size {args.size}, {millions:.2f} million parameters, on {agent.device}"
           f"{' in bfloat16' if agent.bf16 else ''}")
     if agent.device.type == "cpu" and args.units > SIZES["XXS"]["units"]:

@@ -25,8 +25,8 @@ sys.path[:0] = [str(HERE.parent)]
 from benchmarks.speed import machine  # noqa: E402
 
 TASKS = {  # what a user types: the flags behind `python dreamer_v3.py`, and the mean return to reach
-    "cartpole": ("--env-id CartPole-v1 --total-timesteps 8000 --size XXS --stoch 16 --classes 16 "
-                 "--bins 63 --batch-length 16 --train-ratio 128 --model-lr 1e-3 --actor-lr 3e-4 "
+    "cartpole": ("--env-id CartPole-v1 --total-timesteps 6000 --size XXS --stoch 16 --classes 16 "
+                 "--bins 63 --batch-size 4 --train-ratio 128 --model-lr 1e-3 --actor-lr 3e-4 "
                  "--critic-lr 5e-4 --threads 1", 450),
     "pendulum": ("--env-id Pendulum-v1 --total-timesteps 6000 --size XXS --stoch 8 --classes 8 "
                  "--batch-length 32 --train-ratio 128 --model-lr 5e-4 --actor-lr 3e-4 "

@@ -260,7 +260,7 @@ class GracefulExit:
     """Within it, Ctrl-C and SIGTERM only set `requested`; a Ctrl-C after that stops at once."""
 
     def __init__(self):
-        self.requested = False
+        self.requested, self.error = False, None  # error: what the caller stops for, if anything
 
     def __enter__(self):
         self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -333,6 +333,12 @@ class Logger:
         shown = {k: v if isinstance(v, str) else f"{v:.5g}" for k, v in postfix.items()}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system: a KILL after this loses none of it."""
+        if self.writer:
+            with _explain_write(self.run_dir):
+                self.writer.flush()
 
     def close(self) -> None:
         self.bar.close()

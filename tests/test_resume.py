@@ -352,7 +352,6 @@ def test_no_room_for_the_replay_buffer(script, cli, tmp_path):
         assert_one_line(cli(script, "--resume", run_dir, cwd=tmp_path), "first checkpoint")
 
 
-@pytest.mark.xfail(strict=True, reason="the run directory and the arrays that did fit stay behind")
 def test_no_room_leaves_nothing(script, cli, tmp_path):
     assert not no_room(script, cli, tmp_path)
 
