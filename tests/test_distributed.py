@@ -172,13 +172,14 @@ def test_torchrun_trains_stops_and_resumes(script, cli, tmp_path):
     assert steps == list(range(20, load(tmp_path, script)["step"] + 1, 10)), "one rank writes, once"
 
 
-def assert_saved(folder: Path, script: str, more_than: int) -> None:
-    """Both ranks' rows, samplers and random states; every update that was due."""
+def assert_saved(folder: Path, script: str, more_than: int, short: int = 0) -> None:
+    """Both ranks' rows (of rank 1 up to `short` fewer), samplers, random states, due updates."""
     state, run_dir = load(folder, script), only((folder / "runs").iterdir())
     assert len(state["ranks"]) == 2 and state["step"] > more_than
     rows = [np.load(run_dir / "replay" / f"rank{rank}" / "rows.npy") for rank in (0, 1)]
     assert [row[1] * 2 for row in rows] == [part["replay"]["count"] * 2 for part in state["ranks"]]
-    assert all(row[1] * 2 == state["step"] for row in rows)
+    assert rows[0][1] * 2 == state["step"]
+    assert state["step"] - 2 * short <= rows[1][1] * 2 <= state["step"]
     assert state["updates"] == state["step"] - 19
     one, two = state["ranks"]
     assert not torch.equal(one["rng"]["torch"], two["rng"]["torch"])
@@ -221,7 +222,7 @@ def test_environment_that_breaks_on_one_rank(script, cli, tmp_path):
     again = cli("tests/ranks", 2, ROOT / f"{script}.py", "--resume", only((tmp_path / "runs").iterdir()),
                 "--total-timesteps", step + 10, cwd=tmp_path)
     assert again.code == 0, str(again)
-    assert_saved(tmp_path, script, more_than=step)
+    assert_saved(tmp_path, script, more_than=step, short=1)  # the turn in which rank 1 broke
 
 
 @pytest.mark.parametrize("made_by, started", [(1, 2), (2, 1)])
