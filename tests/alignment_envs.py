@@ -1,6 +1,6 @@
 """An environment whose every observation says when it is and which action led to it.
 
-Id: `tests.alignment_envs:Echo-v0`, EchoTruncated-v0 (never terminates), EchoBox-v0 (continuous),
+Id: `tests.alignment_envs:Recall-v0`, RecallTruncated-v0 (never terminates), RecallBox-v0 (continuous),
 and some with a space that is not supported.
 """
 
@@ -11,7 +11,7 @@ from gymnasium import spaces
 LENGTHS = (3, 1, 5, 2)  # steps of the episodes, over and over
 
 
-class Echo(gym.Env):
+class Recall(gym.Env):
     """vector = [episode, step, reward, the action that it was given: index, or two numbers].
 
     -1 stands for "no action", at the start of an episode. The reward is 100 x episode + step.
@@ -39,8 +39,8 @@ class Echo(gym.Env):
         return observation, reward, ends and self.terminates, ends and not self.terminates, {}
 
 
-class Unsupported(Echo):
-    """An Echo with another action or observation space, which no Dreamer here can use."""
+class Unsupported(Recall):
+    """An Recall with another action or observation space, which no Dreamer here can use."""
 
     def __init__(self, render_mode=None, **spaces_):
         super().__init__()
@@ -51,5 +51,5 @@ for name, kwargs in {"MultiDiscrete": {"action_space": spaces.MultiDiscrete([2, 
                      "Unbounded": {"action_space": spaces.Box(-np.inf, np.inf, (1,))},
                      "TextObs": {"observation_space": spaces.Text(3)}}.items():
     gym.register(f"{name}-v0", entry_point=f"{__name__}:Unsupported", kwargs=kwargs)
-for name, kwargs in {"Echo": {}, "EchoTruncated": {"terminates": False}, "EchoBox": {"continuous": True}}.items():
-    gym.register(f"{name}-v0", entry_point=f"{__name__}:Echo", kwargs=kwargs)
+for name, kwargs in {"Recall": {}, "RecallTruncated": {"terminates": False}, "RecallBox": {"continuous": True}}.items():
+    gym.register(f"{name}-v0", entry_point=f"{__name__}:Recall", kwargs=kwargs)

@@ -60,7 +60,7 @@ def module(request):
     return __import__(request.param)
 
 
-@pytest.mark.parametrize("env, num_envs", [("Echo", 1), ("EchoTruncated", 1), ("EchoBox", 1), ("Echo", 2)])
+@pytest.mark.parametrize("env, num_envs", [("Recall", 1), ("RecallTruncated", 1), ("RecallBox", 1), ("Recall", 2)])
 def test_rows_of_the_replay_buffer(module, tmp_path, monkeypatch, env, num_envs):
     rows = run(module, tmp_path, monkeypatch, env, "--num-envs", num_envs)
     episode, step, reward, *echo = np.moveaxis(rows["vector"], -1, 0)
@@ -74,7 +74,7 @@ def test_rows_of_the_replay_buffer(module, tmp_path, monkeypatch, env, num_envs)
     # Flags; a time limit is not a terminal.
     is_last = step == np.array(LENGTHS)[episode.astype(int) % len(LENGTHS)]
     assert (rows["is_first"] == (step == 0)).all()
-    assert (rows["is_terminal"] == (is_last & (env != "EchoTruncated"))).all()
+    assert (rows["is_terminal"] == (is_last & (env != "RecallTruncated"))).all()
     assert is_last.sum() > 5 * num_envs
 
     # The reward came with the observation: 100 e + t at step t, 0 at the start.
@@ -85,7 +85,7 @@ def test_rows_of_the_replay_buffer(module, tmp_path, monkeypatch, env, num_envs)
     action, follows = rows["action"], ~is_last[:, :-1]
     assert not action[is_last].any()
     assert (rows["is_first"][:, 1:] == is_last[:, :-1]).all()
-    if env == "EchoBox":
+    if env == "RecallBox":
         led_to = np.stack(echo, -1)[:, 1:]
         assert (np.clip(action[:, :-1], -1, 1)[follows] == led_to[follows]).all()
         assert len(np.unique(action)) > 40
@@ -96,7 +96,7 @@ def test_rows_of_the_replay_buffer(module, tmp_path, monkeypatch, env, num_envs)
 
 
 def test_a_limit_of_ours_is_not_a_terminal(module, tmp_path, monkeypatch):
-    rows = run(module, tmp_path, monkeypatch, "Echo", "--max-episode-steps", 2)
+    rows = run(module, tmp_path, monkeypatch, "Recall", "--max-episode-steps", 2)
     episode, step = rows["vector"][0, :, 0], rows["vector"][0, :, 1]
     lengths = np.minimum(LENGTHS, 2)[episode.astype(int) % len(LENGTHS)]
     own_end = step == np.array(LENGTHS)[episode.astype(int) % len(LENGTHS)]
@@ -109,7 +109,7 @@ def test_a_limit_of_ours_is_not_a_terminal(module, tmp_path, monkeypatch):
 def test_the_agent_acts_on_the_action_that_led_here(module, tmp_path, monkeypatch, num_envs):
     """Also while actions are random: the recurrent state is kept up to date with what was done."""
     with recorded(module.Agent, "act") as calls:
-        run(module, tmp_path, monkeypatch, "Echo", "--num-envs", num_envs)
+        run(module, tmp_path, monkeypatch, "Recall", "--num-envs", num_envs)
     assert len(calls) == 48 // num_envs
     seen = 0
     for (_, step, carry, *_), _ in calls:
@@ -122,7 +122,7 @@ def test_the_agent_acts_on_the_action_that_led_here(module, tmp_path, monkeypatc
 
 def test_the_model_gets_the_action_before_each_observation(module, tmp_path, monkeypatch):
     with (recorded(module.RSSM, "observe") as calls, recorded(module.Agent, "train_step") as steps):
-        run(module, tmp_path, monkeypatch, "Echo", "--num-envs", 1)
+        run(module, tmp_path, monkeypatch, "Recall", "--num-envs", 1)
     replayed = [args for args, _ in calls if len(args[1]) > 1]
     assert len(replayed) == len(steps) > 10
     for (_, embed, prev_action, is_first, carry), ((_, batch, _), _) in zip(replayed, steps):

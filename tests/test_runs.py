@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import subprocess
+import time
 import sys
 import textwrap
 from contextlib import contextmanager
@@ -418,6 +419,7 @@ def test_resume_strikes_out_what_came_after_the_checkpoint(tmp_path):
         killed.scalars({"charts/a": 1.0}, step)
         killed.progress(step, episode=12345.678, speed="3/s")
     killed.close()
+    time.sleep(1.1)  # event files are read in the order of their names: seconds, then a counter
     resumed = runs.Logger(tmp_path, 20, initial_step=6, hyperparameters={"lr": 1e-4})
     resumed.scalars({"charts/a": 2.0}, 8)
     resumed.close()
