@@ -338,7 +338,7 @@ class ReplayBuffer:
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int):
         """Open the rings in `folder`, or make them. Raises `runs.UserError` if the disk is full
         or if the files are those of another environment or of other settings."""
-        self.folder, self.capacity, self.num_envs = folder, capacity, num_envs
+        self.capacity, self.num_envs = capacity, num_envs
         self.rng = np.random.default_rng(seed)
         layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
                   "is_first": (np.bool_, ()), "is_terminal": (np.bool_, ())}
@@ -1458,7 +1458,7 @@ def greet(args: Args, run_dir: Path, replay: ReplayBuffer, agent: Agent) -> None
     millions = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
     print(f"run directory: {run_dir}")
     print(f"replay buffer: {replay.capacity * replay.num_envs:,} timesteps, "
-          f"{replay.gibibytes:.2f} GiB of disk in {replay.folder} (each rank has its own)")
+          f"{replay.gibibytes:.2f} GiB of disk{' per rank' * dist.is_initialized()}")
     print(f"agent: size {args.size}, {millions:.2f} million parameters, on {agent.device}"
           f"{' in bfloat16' if agent.bf16 else ''}")
     if agent.device.type == "cpu" and args.units > SIZES["XXS"]["units"]:
