@@ -60,7 +60,7 @@ Deviation (from the authors' code, danijar/dreamerv3 of June 2023)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
     * The unused prior sample of the replay loop is not drawn.
     * bfloat16 instead of float16 with loss scaling; the state that is carried stays in float32.
-    * The encoder and decoder MLPs follow --size (theirs are 5 x 1024 whatever the preset).
+    * The MLPs of vectors follow --size (theirs: --mlp-layers 5 --mlp-units 1024 in every preset).
     * Evaluation samples by default as theirs does; --eval-mode takes the most likely action.
 """
 
@@ -195,6 +195,10 @@ class Args:
     """MLP layers of encoder, decoder and heads (paper, S: 2)."""
     depth: int | None = None
     """CNN multiplier: channels of the first stage (paper, S: 32)."""
+    mlp_units: int | None = None
+    """Dense hidden units of vector encoder and decoder (None: --units; authors' code: 1024)."""
+    mlp_layers: int | None = None
+    """MLP layers of vector encoder and decoder (None: --layers; authors' code: 5)."""
     stoch: int = 32
     """Number of latents z_t (paper: 32)."""
     classes: int = 32
@@ -273,6 +277,8 @@ class Args:
     def __post_init__(self) -> None:
         """Fill in what follows from --size and --env-id, then refuse what cannot work."""
         derived = SIZES[self.size] | {"action_repeat": default_action_repeat(self.env_id)}
+        derived |= {"mlp_units": self.units or derived["units"],
+                    "mlp_layers": self.layers or derived["layers"]}
         for name, value in derived.items():
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
@@ -611,8 +617,8 @@ class Encoder(nn.Module):
                 self.cnn.extend([conv, ChannelNorm(outputs, eps=1e-3), nn.SiLU()])
             self.embed_dim += 4 * 4 * widths[-1]
         if spec.vector_dim:
-            self.mlp = MLP(spec.vector_dim, args.units, args.layers)
-            self.embed_dim += args.units
+            self.mlp = MLP(spec.vector_dim, args.mlp_units, args.mlp_layers)
+            self.embed_dim += args.mlp_units
 
     def forward(self, image: Tensor | None, vector: Tensor | None) -> Tensor:
         """image (T, B, I, I, C) from `centre`, vector (T, B, V) -> embedding (T, B, E)."""
@@ -646,8 +652,8 @@ class Decoder(nn.Module):
                 if not last:
                     self.cnn.extend([ChannelNorm(outputs, eps=1e-3), nn.SiLU()])
         if spec.vector_dim:
-            self.mlp = MLP(feat_dim, args.units, args.layers)
-            self.vector_out = nn.Linear(args.units, spec.vector_dim)
+            self.mlp = MLP(feat_dim, args.mlp_units, args.mlp_layers)
+            self.vector_out = nn.Linear(args.mlp_units, spec.vector_dim)
             init_output(self.vector_out)
 
     def image(self, feat: Tensor) -> Tensor:
@@ -1496,8 +1502,8 @@ def restore(saved: dict, agent: Agent, feeder: Feeder, rank: int) -> int:
 
 def main() -> None:
     """Train, resume, evaluate or dream; mistakes of the user get one line and exit status 1."""
-    fixed = {"env_id", "size", *SIZES["S"], "stoch", "classes", "bins", "num_envs", "buffer_size",
-             "image_size", "grayscale"}
+    fixed = {"env_id", "size", *SIZES["S"], "mlp_units", "mlp_layers", "stoch", "classes", "bins",
+             "num_envs", "buffer_size", "image_size", "grayscale"}
     try:
         args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], fixed)
         if args.threads:

@@ -129,9 +129,9 @@ class Twin:
         """Our agent, its networks rebuilt where the fixture's differ in size from each other."""
         agent = d3.Agent(self.args, self.spec, torch.device("cpu"))
         model, dim = agent.world_model, agent.world_model.feat_dim
-        model.encoder = d3.Encoder(self.sized("encoder", "mlp_"), self.spec)
+        model.encoder = d3.Encoder(self.sized("encoder"), self.spec)
         model.rssm = d3.RSSM(self.args, self.spec.action_dim, model.encoder.embed_dim)
-        model.decoder = d3.Decoder(self.sized("decoder", "mlp_"), self.spec, dim)
+        model.decoder = d3.Decoder(self.sized("decoder"), self.spec, dim)
         model.reward_head = d3.TwoHotHead(self.sized("reward_head"), dim)
         model.continue_head = d3.ContinueHead(self.sized("cont_head"), dim)
         agent.actor = d3.Actor(self.sized("actor"), self.spec, dim)
@@ -143,11 +143,10 @@ class Twin:
             setattr(agent, f"{name}_opt", d3.Optimizer(net.parameters(), *values))
         return agent
 
-    def sized(self, network: str, prefix: str = "") -> d3.Args:
+    def sized(self, network: str) -> d3.Args:
         """Flags for one network."""
-        own = {"units": f"{prefix}units", "layers": f"{prefix}layers", "depth": "cnn_depth",
-               "bins": "bins", "unimix": "unimix"}
-        changes = {ours: self.config.get(f"{network}.{theirs}") for ours, theirs in own.items()}
+        own = ("units", "layers", "mlp_units", "mlp_layers", "cnn_depth", "bins", "unimix")
+        changes = {name.removeprefix("cnn_"): self.config.get(f"{network}.{name}") for name in own}
         return replace(self.args, **{k: v for k, v in changes.items() if v is not None})
 
     def theirs(self, path: str, tensor: Tensor) -> Tensor:

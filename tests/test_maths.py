@@ -316,7 +316,8 @@ def is_uniform(weight: torch.Tensor) -> bool:
 
 def test_which_layers_are_uniform_zero_or_normal():
     """Facts 34-36, layer by layer."""
-    args = replace(TINY, deter=48, hidden=40, units=40, layers=2, depth=8, image_size=16)
+    args = replace(TINY, deter=48, hidden=40, units=40, mlp_units=40, layers=2, mlp_layers=2,
+                   depth=8, image_size=16)
     spec = EnvSpec((16, 16, 3), 6, 4, False)
     agent = d3.Agent(args, spec, torch.device("cpu"))
     model = agent.world_model
