@@ -1160,6 +1160,7 @@ class Agent(nn.Module):
 
     def compile_networks(self) -> None:
         """Compile the steps of the two loops and the networks that are called for all time."""
+        torch._functorch.config.donated_buffer = False  # two losses share one backward graph
         model = self.world_model
         for network in (model.encoder, model.reward_head.mlp, model.continue_head, self.actor,
                         self.critic.mlp, self.slow_critic.mlp):
