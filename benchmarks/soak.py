@@ -139,9 +139,11 @@ def soak(options: Options, folder: Path) -> dict:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__.partition("\n")[0])
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=9"], cwd=HERE, text=True,
+                            capture_output=True).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         result = soak(options, Path(folder))
-    machine = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "torch": torch.__version__,
+    machine = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "commit": commit, "torch": torch.__version__,
                "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
     (HERE / "results").mkdir(exist_ok=True)
     path = HERE / "results" / "soak.json"

@@ -265,7 +265,8 @@ def table() -> str:
     for place in dict.fromkeys(key[1] for key in latest):
         speeds = [r for k, r in latest.items() if k[0] == "speed" and k[1] == place]
         wholes = [r for k, r in latest.items() if k[0] == "whole_run" and k[1] == place]
-        about = (speeds + wholes)[0]
+        ranks = [r for k, r in latest.items() if k[0] == "ranks" and k[1] == place]
+        about = (speeds + wholes + ranks)[0]
         where = about["machine"]
         native = "avx512_bf16" if where["avx512_bf16"] else "no avx512_bf16"
         parts.append(f"{place}, {where['cores']} cores, {native}, torch {where['torch']}, "
@@ -290,6 +291,11 @@ def table() -> str:
         for record in wholes:
             parts.append(f"Whole run, {record['options']['threads']} threads: " + ", ".join(
                 f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items()))
+        for record in ranks:
+            times = " and ".join(f"{statistics.median(s):.3g}" for s in record["seconds"].values())
+            parts.append(f"One and two processes ({record['options']['size']}, one thread each, "
+                         f"the same whole batch): {times} s per update, "
+                         f"{record['speedup']:.2f} times as fast")
     if not any(record["machine"]["gpu"] for record in latest.values()):
         parts.append("CUDA: not measured.")
     return "\n\n".join(parts)
