@@ -503,3 +503,16 @@ def test_a_loss_that_is_not_finite_changes_nothing(bad):
     torch.testing.assert_close(param.detach(), before)
     optimizer.step(slope(param, 1.0))
     assert (param != before).all() and param.isfinite().all()
+
+
+def test_vector_networks_have_the_size_that_is_asked_for():
+    """--mlp-units and --mlp-layers follow --units and --layers unless they are given (fact 39)."""
+    def widths(**flags):
+        args, spec = d3.Args(env_id="CartPole-v1", size="S", **flags), EnvSpec(None, 3, 2, True)
+        encoder, decoder = d3.Encoder(args, spec), d3.Decoder(args, spec, 7)
+        assert encoder.embed_dim == decoder.vector_out.in_features == encoder.mlp[-1].weight.shape[0]
+        return encoder.embed_dim, len(encoder.mlp), len(decoder.mlp)
+
+    assert widths() == (512, 2, 2)
+    assert widths(units=24, layers=3) == (24, 3, 3)
+    assert widths(mlp_units=1024, mlp_layers=5) == (1024, 5, 5)
