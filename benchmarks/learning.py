@@ -27,8 +27,8 @@ from benchmarks.speed import machine  # noqa: E402
 TASKS = {  # what a user types: the flags behind `python dreamer_v3.py`, and the mean return to reach
     "cartpole": ("--env-id CartPole-v1 --action-repeat 3 --discount-horizon 30 --size XXS "
                  "--mlp-units 1024 --stoch 16 --classes 16 --bins 63 --batch-length 16 "
-                 "--train-ratio 256 --model-lr 5e-4 --actor-lr 3e-4 --critic-lr 5e-4 "
-                 "--total-timesteps 6000 --threads 1", 450),
+                 "--train-ratio 256 --beta-pred 5 --model-lr 5e-4 --actor-lr 3e-4 "
+                 "--critic-lr 5e-4 --total-timesteps 7500 --threads 1", 450),
     "pendulum": ("--env-id Pendulum-v1 --total-timesteps 6000 --size XXS --stoch 8 --classes 8 "
                  "--batch-length 32 --train-ratio 128 --model-lr 5e-4 --actor-lr 3e-4 "
                  "--critic-lr 5e-4 --threads 1", -250),
