@@ -61,6 +61,7 @@ Deviation (from the authors' code, danijar/dreamerv3 of June 2023)
     * The unused prior sample of the replay loop is not drawn.
     * bfloat16 instead of float16 with loss scaling; the state that is carried stays in float32.
     * The MLPs of vectors follow --size (theirs: --mlp-layers 5 --mlp-units 1024 in every preset).
+    * The first update is due at --learning-starts (theirs: once B * T windows can be sampled).
     * Evaluation samples by default as theirs does; --eval-mode takes the most likely action.
 """
 
@@ -214,7 +215,7 @@ class Args:
     batch_length: int = 64
     """Timesteps per sequence, T (paper: 64)."""
     buffer_size: int = 1_000_000
-    """Replay capacity in timesteps, first in first out (paper: 1e6)."""
+    """Replay capacity in timesteps, all environments together, first in first out (paper: 1e6)."""
     learning_starts: int = 1024
     """Timesteps of uniformly random actions before the first update."""
 
@@ -248,9 +249,9 @@ class Args:
     critic_ema_regularizer: float = 1.0
     """Scale of the loss that pulls the critic towards its slow copy (paper: 1)."""
     return_norm_low: float = 0.05
-    """Lower percentile of the return range (paper: 5)."""
+    """Lower end of the return range, as a share (paper: the 5th percentile)."""
     return_norm_high: float = 0.95
-    """Upper percentile of the return range (paper: 95)."""
+    """Upper end of the return range, as a share (paper: the 95th percentile)."""
     return_norm_limit: float = 1.0
     """L, smaller return ranges are not scaled up (paper: 1)."""
     return_norm_decay: float = 0.99
@@ -291,9 +292,17 @@ class Args:
             "noop_max", "unimix", "beta_pred", "beta_dyn", "beta_rep", "free_bits", "return_lambda",
             "learning_starts", "max_env_restarts", "critic_ema_decay", "critic_ema_regularizer",
             "actor_entropy", "return_norm_low", "return_norm_decay"})
+        for name in ("unimix", "return_lambda", "critic_ema_decay", "return_norm_low",
+                     "return_norm_high", "return_norm_decay"):
+            if getattr(self, name) > 1:
+                raise runs.UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is "
+                                     "a share, at most 1.")
+        if self.batch_length < 2:
+            raise runs.UserError("--batch-length is 1; a sequence has at least 2 timesteps.")
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
             raise runs.UserError(f"--image-size is {self.image_size}; use 8, 16, 32, 64, 128, ...")
-        if self.batch_length > self.capacity:
+        training = not (self.evaluate or self.dream or self.offline)
+        if training and self.batch_length > self.capacity:
             raise runs.UserError(
                 f"--batch-length {self.batch_length} is longer than the replay buffer of one "
                 f"environment ({self.capacity} timesteps): lower it, or raise --buffer-size.")
@@ -341,7 +350,8 @@ class ReplayBuffer:
     lies beside the rings; `begun` never goes back, so no row is taken for the one it replaced.
     """
 
-    def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int):
+    def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int,
+                 writable: bool = True):
         """Open the rings in `folder`, or make them. Raises `runs.UserError` if the disk is full
         or if the files are those of another environment or of other settings."""
         self.capacity, self.num_envs = capacity, num_envs
@@ -353,9 +363,10 @@ class ReplayBuffer:
         if spec.vector_dim:
             layout["vector"] = (np.float32, (spec.vector_dim,))
         self.rings = {
-            name: runs.open_array(folder / f"{name}.npy", dtype, (num_envs, capacity, *shape))
+            name: runs.open_array(folder / f"{name}.npy", dtype, (num_envs, capacity, *shape),
+                                  writable)
             for name, (dtype, shape) in layout.items()}
-        self.rows = runs.open_array(folder / "rows.npy", np.int64, (2,))
+        self.rows = runs.open_array(folder / "rows.npy", np.int64, (2,), writable)
         self.count = int(self.rows[1])
         self.gibibytes = sum(ring.nbytes for ring in self.rings.values()) / 2**30
 
@@ -389,7 +400,8 @@ class ReplayBuffer:
     def flush(self) -> None:
         """Write to disk and drop the pages from this process, so that its memory stays flat."""
         for array in (*self.rings.values(), self.rows):
-            array.flush()
+            if array.flags.writeable:
+                array.flush()
             array._mmap.madvise(mmap.MADV_DONTNEED)
 
     def state_dict(self) -> dict:
@@ -458,11 +470,13 @@ class OneHot:
     def __init__(self, raw: Tensor, unimix: float):
         """`raw`: unnormalised logits (..., K) of any precision; everything here is in float32."""
         self.probs = raw.float().softmax(-1) * (1 - unimix) + unimix / raw.shape[-1]
-        self.logits = self.probs.log()
+        self.logits = self.probs.log() if unimix else raw.float().log_softmax(-1)
 
     def sample(self) -> Tensor:
         """Straight-through sample (..., K): forward one-hot, backward the gradient of `probs`."""
-        return self._straight_through(draw_classes(self.probs.detach()))
+        index = draw_classes(self.probs.detach())
+        onehot = F.one_hot(index, self.probs.shape[-1]).to(self.probs.dtype)
+        return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
 
     def mode(self) -> Tensor:
         """The most likely class as one-hot (..., K), without gradient."""
@@ -475,10 +489,6 @@ class OneHot:
     def entropy(self) -> Tensor:
         """Entropy (...) in nats."""
         return -(self.probs * self.logits).sum(-1)
-
-    def _straight_through(self, index: Tensor) -> Tensor:
-        onehot = F.one_hot(index, self.probs.shape[-1]).to(self.probs.dtype)
-        return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
 
 
 class Gaussian:
@@ -602,7 +612,7 @@ def centre(image: Tensor | None) -> Tensor | None:
 
 
 class Encoder(nn.Module):
-    """Image and/or vector -> embedding x_t: CNN features, then MLP features."""
+    """Image and/or vector x_t -> embedding: CNN features, then MLP features."""
 
     def __init__(self, args: Args, spec: EnvSpec):
         super().__init__()
@@ -621,7 +631,7 @@ class Encoder(nn.Module):
             self.embed_dim += args.mlp_units
 
     def forward(self, image: Tensor | None, vector: Tensor | None) -> Tensor:
-        """image (T, B, I, I, C) from `centre`, vector (T, B, V) -> embedding (T, B, E)."""
+        """image (T, B, I, I, C) from `centre`, vector (T, B, V) -> (T, B, E)."""
         parts = []
         if image is not None:
             pixels = image.flatten(0, 1).permute(0, 3, 1, 2)  # channels-last in memory
@@ -645,7 +655,7 @@ class Decoder(nn.Module):
             init_output(self.cnn_in)
             self.cnn = nn.Sequential()
             for inputs, outputs in zip(widths, widths[1:]):
-                last = outputs == widths[-1] and len(self.cnn) == 3 * (stages - 1)
+                last = len(self.cnn) == 3 * (stages - 1)
                 conv = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=last)
                 init_output(conv) if last else init_hidden(conv.weight)
                 self.cnn.append(conv)
@@ -1002,7 +1012,8 @@ class Optimizer:
 
         Only this optimiser's parameters get gradients, though the actor's loss passes through the
         world model and the critic. A norm that is not finite (a NaN loss makes it so, on every
-        rank) skips the step on the device, without waiting; `finite` then stops the run.
+        rank) skips the step on the device, without waiting. `finite` stops the run: on a CPU at
+        once, on a GPU when it next looks, at a log or a save.
         """
         grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
         average_over_ranks(grads)
@@ -1010,7 +1021,6 @@ class Optimizer:
         clipped = torch._foreach_mul(grads, self.clip / norm.clamp(min=self.clip))
         for param, grad in zip(self.params, clipped):
             param.grad = grad
-        self.adam.grad_scale = None
         self.adam.found_inf = (~norm.isfinite()).float()
         self.adam.step()
         return norm
@@ -1034,26 +1044,27 @@ class GraphedUpdate:
     """`Agent.train_step` as a CUDA graph: one launch in place of ten thousand."""
 
     def __init__(self, agent: "Agent"):
-        self.agent, self.graph, self.inputs, self.metrics = agent, None, None, None
+        self.agent, self.graph, self.inputs, self.eager = agent, None, None, 3
 
-    def __call__(self, batch: Batch, carry: State) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, carry: State) -> None:
         """As `Agent.train_step`; the batch is copied to where the graph reads it."""
         agent = self.agent
-        if agent.updates < 3:  # Adam makes its moments, the slow critic is copied
-            return agent.train_step(batch, carry)
+        if self.eager:  # networks are compiled, Adam makes its moments, the slow critic is copied
+            self.eager -= 1
+            agent.train_step(batch, carry)
+            return
         if self.graph is None:
             self.inputs = Batch(*(None if x is None else x.clone() for x in batch))
             self.graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(self.graph):
-                self.metrics = agent.train_step(self.inputs, carry)
+                agent.train_step(self.inputs, carry)  # its metrics are where each replay writes
             agent.updates -= 1  # recording is not running
         for target, source in zip(self.inputs, batch):
             if target is not None:
                 target.copy_(source)
         self.graph.replay()
         agent.updates += 1
-        return self.metrics
 
 
 class Agent(nn.Module):
@@ -1122,6 +1133,7 @@ class Agent(nn.Module):
         loss_actor, entropy = actor_loss(policy, action, ret, value[:-1], weight, scale, args)
         starts = TwoHot(value_dist.logits[:-1], value_dist.buckets)
         loss_critic = critic_loss(starts, slow_value, ret, weight, args)
+        # Continuous actions: both losses go back through the critic's pass over `feat`.
         actor_norm = self.actor_opt.step(loss_actor, retain_graph=not self.actor.discrete)
         critic_norm = self.critic_opt.step(loss_critic)
         self.update_slow_critic()
@@ -1244,8 +1256,10 @@ def evaluate(args: Args, run_dir: Path) -> list[float]:
     agent = load_agent(args, run_dir, envs.spec)
     # Every environment plays its share: to count who finishes first would favour short episodes.
     left = np.array([len(part) for part in np.array_split(range(args.eval_episodes), num_envs)])
+    restarts = envs.restarts
     for obs, _ in play(args, agent, envs):
-        for env in np.flatnonzero(obs.is_last & (left > 0)):
+        broken, restarts = envs.restarts != restarts, envs.restarts  # their episodes do not count
+        for env in np.flatnonzero(obs.is_last & (left > 0) & ~broken):
             left[env] -= 1
             returns.append(float(obs.episode_return[env]))
             print(f"episode {len(returns)}: return {returns[-1]:g}, "
@@ -1298,12 +1312,15 @@ def use_bf16(args: Args, device: torch.device) -> bool:
     return native and args.units >= 256
 
 
-def updates_due(args: Args, step: int, done: int) -> int:
-    """Updates to make now, so that every timestep is replayed `train_ratio` times on average.
+def first_update(args: Args, world: int) -> int:
+    """Timestep of the first update: --learning-starts, but each ring must hold a whole window."""
+    whole_windows = args.num_envs * world * args.batch_length
+    return args.learning_starts if args.offline else max(args.learning_starts, whole_windows)
 
-    The first one is due at `learning_starts` (authors' code).
-    """
-    steps, replayed = step - args.learning_starts, args.batch_size * args.batch_length
+
+def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
+    """Updates to make now, so that every timestep is replayed `train_ratio` times on average."""
+    steps, replayed = step - first_update(args, world), args.batch_size * args.batch_length
     return 1 + int(steps * args.train_ratio / replayed) - done if steps >= 0 else 0
 
 
@@ -1315,26 +1332,29 @@ def random_action(spec: EnvSpec, num_envs: int) -> np.ndarray:
     return np.random.uniform(-1, 1, (num_envs, spec.action_dim)).astype(np.float32)
 
 
-def collect(agent: Agent, envs: Envs, replay: ReplayBuffer, carry: State | None, explore: bool,
-            stop: runs.GracefulExit) -> tuple[EnvStep | None, State]:
+def collect(agent: Agent, envs: Envs, replay: ReplayBuffer, carry: State | None,
+            action: np.ndarray | None, explore: bool,
+            stop: runs.GracefulExit) -> tuple[EnvStep | None, State, np.ndarray]:
     """Step the environments with the last action, choose the next one, store the row.
 
-    `carry` is None at first; with `explore` the action is random, but the state is kept up to date.
+    `carry` and `action` are None at first; with `explore` the action is random, but the state is
+    kept up to date. The action comes back in numpy as well: to fetch it from a GPU in the next turn
+    would be to wait for the update that was queued behind it.
     Among several ranks, one whose environments are broken asks all to stop: no `EnvStep`.
     """
     try:
-        obs = envs.step(carry.action.cpu().numpy()) if carry else envs.reset()
+        obs = envs.reset() if action is None else envs.step(action)
     except EnvError as error:
         if not dist.is_initialized():
             raise
         stop.requested, stop.error = True, error
-        return None, carry
+        return None, carry, action
     carry = carry or agent.blank_state(envs.num_envs)
     carry = agent.act(obs, carry)
     action = random_action(agent.spec, envs.num_envs) if explore else carry.action.cpu().numpy()
     action[obs.is_last] = 0  # at the end of an episode nothing is chosen
     replay.add(obs, action)
-    return obs, carry._replace(action=torch.from_numpy(action).to(agent.device))
+    return obs, carry._replace(action=torch.from_numpy(action).to(agent.device)), action
 
 
 def train(args: Args, run_dir: Path | None) -> None:
@@ -1356,7 +1376,7 @@ def train(args: Args, run_dir: Path | None) -> None:
                 args.env_seed)
     agent = Agent(args, envs.spec, device)
     run_dir = run_dir or open_run(args, rank)
-    replay = open_replay(args, run_dir, envs.spec, rank if world > 1 else None)
+    replay = open_replay(args, run_dir, envs.spec, rank, world)
     feeder = Feeder(replay, device, args.batch_size // world, args.batch_length)
     if rank:  # the same weights on every rank, but not the same draws
         runs.seed_everything(seed, args.torch_deterministic)
@@ -1389,26 +1409,31 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
              progress: Progress) -> None:
     """Act, store, train, log, save; until the last timestep or until told to stop."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    carry, idle, last_return = None, agent.blank_state(feeder.shape[0]), math.nan
+    # A replayed sequence starts with is_first, so the state that is carried into it plays no part.
+    carry, action, idle = None, None, agent.blank_state(feeder.shape[0])
+    last_return = math.nan
     graphed = args.compile and agent.device.type == "cuda"
     update = GraphedUpdate(agent) if graphed else agent.train_step
     while progress.step < args.total_timesteps and not any_rank(stop.requested, agent.device):
         obs = None
         if not args.offline:
-            explore = progress.step < args.learning_starts
-            obs, carry = collect(agent, envs, feeder.replay, carry, explore, stop)
+            explore = progress.step < first_update(args, world)
+            obs, carry, action = collect(agent, envs, feeder.replay, carry, action, explore, stop)
         progress.advance(envs.num_envs * world)
         for env in np.flatnonzero(obs.is_last) if obs else ():
             last_return = obs.episode_return[env]
             logger.scalars({"charts/episodic_return": last_return,
                             "charts/episodic_length": obs.episode_length[env]}, progress.step)
         if episodes and obs:
-            episodes.add(envs.render, obs.is_first[0])
+            try:
+                episodes.add(envs.render, obs.is_first[0])
+            except EnvError as error:  # among several ranks, all stop together
+                stop.requested, stop.error = True, error
 
         # On a GPU this only queues work, which runs while the environments take their next step.
-        # Right after the start or a resume there may be no whole window to replay yet.
+        # Right after a resume there may be no whole window to replay yet.
         empty = not feeder.replay.windows(args.batch_length)
-        due = updates_due(args, progress.step, agent.updates)
+        due = updates_due(args, progress.step, agent.updates, world)
         for _ in range(0 if any_rank(empty, agent.device) else due):
             update(feeder.next(), idle)
             feeder.prepare()
@@ -1427,26 +1452,28 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
             logger.flush()  # what is logged up to here is never logged again
             save(run_dir, agent, feeder, progress.step)
         logger.progress(progress.step, episodic_return=last_return, updates=agent.updates)
-    if stop.error:
+    if stop.error:  # the other ranks save at the end of `train`, this one in its `except`
         raise stop.error
 
 
-def open_replay(args: Args, run_dir: Path, spec: EnvSpec, rank: int | None) -> ReplayBuffer:
-    """The replay of this run, or with --offline that of another, whose files are left alone."""
-    folder = Path(args.offline or run_dir) / "replay" / ("" if rank is None else f"rank{rank}")
-    num_envs, capacity = args.num_envs, args.capacity
-    if args.offline or folder.exists():  # on a resume, too, the rings keep their size
-        num_envs, capacity = runs.array_shape(folder / "reward.npy")
+def open_replay(args: Args, run_dir: Path, spec: EnvSpec, rank: int, world: int) -> ReplayBuffer:
+    """The replay of this run, or with --offline that of another, whose files are only read."""
+    folder = Path(args.offline or run_dir) / "replay"
+    if world > 1 and not (args.offline and (folder / "rows.npy").exists()):
+        folder /= f"rank{rank}"  # a recording made by one process serves them all
+    num_envs, capacity = args.num_envs, max(args.batch_length, math.ceil(args.capacity / world))
     try:
-        replay = ReplayBuffer(folder, spec, capacity, num_envs, args.seed + (rank or 0))
+        if args.offline or folder.exists():  # on a resume, too, the rings keep their size
+            num_envs, capacity = runs.array_shape(folder / "reward.npy")[:2]
+        replay = ReplayBuffer(folder, spec, capacity, num_envs, args.seed + rank, not args.offline)
+        if args.offline and not replay.windows(args.batch_length):
+            raise runs.UserError(f"{folder} holds {replay.count} rows per environment, fewer than "
+                                 f"--batch-length {args.batch_length}.")
+        return replay
     except runs.UserError:
-        if not (run_dir / "checkpoint.pt").exists():  # a new run that finds no room leaves nothing
+        if not (run_dir / "checkpoint.pt").exists():  # a new run that cannot begin leaves nothing
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
-    if args.offline and not replay.windows(args.batch_length):
-        raise runs.UserError(f"{folder} holds {replay.count} rows per environment, fewer than "
-                             f"--batch-length {args.batch_length}.")
-    return replay
 
 
 def open_run(args: Args, rank: int) -> Path:
@@ -1504,7 +1531,8 @@ def restore(saved: dict, agent: Agent, feeder: Feeder, rank: int) -> int:
 def main() -> None:
     """Train, resume, evaluate or dream; mistakes of the user get one line and exit status 1."""
     fixed = {"env_id", "size", *SIZES["S"], "mlp_units", "mlp_layers", "stoch", "classes", "bins",
-             "num_envs", "buffer_size", "image_size", "grayscale"}
+             "num_envs", "buffer_size", "image_size", "grayscale", "train_ratio", "batch_size",
+             "batch_length", "learning_starts"}  # the last four: the schedule of updates
     try:
         args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], fixed)
         if args.threads:

@@ -470,6 +470,11 @@ class Envs:
         self._slots = [self._open(index) for index in range(num_envs)]
         self.spec = self._exchange([(LocalEnv.spec,)] * num_envs)[0]
 
+    @property
+    def restarts(self) -> np.ndarray:
+        """(N,) how often each environment had to be rebuilt."""
+        return np.array(self._restarts)
+
     def reset(self) -> EnvStep:
         """Starts a new episode in every environment."""
         self._last = _stack(self._exchange([(LocalEnv.reset,)] * self.num_envs))

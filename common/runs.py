@@ -100,12 +100,15 @@ def reserve_file(path: Path | str, nbytes: int) -> None:
                 raise
 
 
-def open_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+def open_array(path: Path, dtype: type, shape: tuple[int, ...], writable: bool = True) -> np.memmap:
     """Memory-mapped `.npy` of zeros, all of its disk space reserved; an existing one is kept.
 
-    Raises UserError if the disk is full or if the file is damaged or has another shape or type.
+    With writable=False the file must be there, and stays as it is. Raises UserError if the disk is
+    full or if the file is missing, damaged or has another shape or type.
     """
     with _explain_write(path):
+        if not path.exists() and not writable:
+            raise UserError(f"{path} is missing; the recording is of another kind of environment")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with _replace_when_done(path) as file:
@@ -120,16 +123,22 @@ def open_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
         if (found.dtype, found.shape) != (np.dtype(dtype), shape):
             raise UserError(f"{path} holds {found.dtype} {found.shape}, not {np.dtype(dtype)} "
                             f"{shape}; the run was made with other settings")
+        if not writable:
+            return found
         reserve_file(path, path.stat().st_size)  # a copy may have come out sparse
         return np.lib.format.open_memmap(path, "r+")
 
 
 def array_shape(path: Path) -> tuple[int, ...]:
-    """Shape of a `.npy` file that must be there."""
+    """Shape, of at least two dimensions, of a `.npy` file that must be there."""
     try:
-        return np.load(path, mmap_mode="r").shape
+        shape = np.load(path, mmap_mode="r").shape
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}; give a run directory with a replay buffer") from error
+    if len(shape) < 2:
+        raise UserError(f"{path} has shape {shape}, not (num_envs, capacity, ...); for one "
+                        "environment write array[None]")
+    return shape
 
 
 def create_run_dir(root: Path | str, env_id: str, exp_name: str, seed: int) -> Path:

@@ -231,6 +231,26 @@ def test_offline_trains_from_a_recording(script, trained, cli, tmp_path):
     assert "charts/episodic_return" not in scalars(run_dir_in(tmp_path))
 
 
+def test_offline_only_reads(script, copied, cli, tmp_path):
+    """Also where it may not write; what is missing is not made up, and nothing is left behind."""
+    replay = copied / "replay"
+    for path in (*replay.iterdir(), replay):
+        path.chmod(0o555)
+    done = cli(script, *new_run(12), "--offline", copied, cwd=tmp_path)
+    assert done.code == 0, str(done)
+    replay.chmod(0o755)
+    (replay / "vector.npy").rename(replay / "kept")
+    done = cli(script, *new_run(12), "--offline", copied, "--runs-dir", "again", cwd=tmp_path)
+    assert_user_error(done, "vector.npy", "missing")
+    assert not (replay / "vector.npy").exists() and not list(tmp_path.glob("again/*"))
+    (replay / "kept").rename(replay / "vector.npy")
+    reward = np.load(replay / "reward.npy")[0]
+    (replay / "reward.npy").unlink()
+    np.save(replay / "reward.npy", reward)
+    done = cli(script, *new_run(12), "--offline", copied, "--runs-dir", "again", cwd=tmp_path)
+    assert_user_error(done, "reward.npy", "num_envs, capacity")
+
+
 @pytest.mark.parametrize("env", ["tests.fake_envs:CountingBoxVector-v0", "tests.fake_envs:CountingImage-v0"])
 def test_other_kinds_of_environment(script, cli, tmp_path, env):
     """Vectors and continuous actions; images only, two environments, videos in the log and a dream."""
@@ -255,6 +275,8 @@ BAD = {
     "negative seed": (["--seed", "-1"], ["--seed", "-1"]),
     "odd image size": (["--image-size", "60"], ["--image-size", "64"]),
     "tiny buffer": (["--buffer-size", "4"], ["--batch-length", "--buffer-size"]),
+    "percent for a share": (["--return-norm-high", "95"], ["--return-norm-high", "at most 1"]),
+    "sequence of one": (["--batch-length", "1"], ["--batch-length", "at least 2"]),
     "no directory": (["--resume", "nowhere"], ["nowhere"]),
     "no directory to evaluate": (["--evaluate", "nowhere"], ["nowhere"]),
     "no recording": (["--offline", "nowhere"], ["nowhere"]),
@@ -268,8 +290,7 @@ def test_bad_flag(script, cli, tmp_path, name):
     flags, words = BAD[name]
     assert_user_error(cli(script, *new_run(40), *flags, cwd=tmp_path), *words)
     assert not list(tmp_path.glob("runs/*/checkpoint.pt"))
-    if name != "no recording":
-        assert not (tmp_path / "runs").exists(), "a failed start leaves an empty run directory"
+    assert not list(tmp_path.glob("runs/*")), "a failed start leaves a run directory"
 
 
 @pytest.mark.parametrize("name", ["MultiDiscrete", "Unbounded", "TextObs"])
@@ -301,6 +322,8 @@ def test_mistakes_with_a_run_directory(script, copied, cli, tmp_path):
     error("--env-id", "Other-v0", ENV, flags=["--env-id", "Other-v0"])
     error("--deter", "16", "8", flags=["--deter", "16"])
     error("--num-envs", flags=["--num-envs", "2"])
+    error("--train-ratio", flags=["--train-ratio", "9999"])  # would owe thousands of updates at once
+    error("--batch-size", flags=["--batch-size", "1"])
 
     whole = (copied / "checkpoint.pt").read_bytes()
     (copied / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])

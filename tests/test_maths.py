@@ -516,3 +516,26 @@ def test_vector_networks_have_the_size_that_is_asked_for():
     assert widths() == (512, 2, 2)
     assert widths(units=24, layers=3) == (24, 3, 3)
     assert widths(mlp_units=1024, mlp_layers=5) == (1024, 5, 5)
+
+
+def test_the_first_update_waits_for_a_whole_window_in_every_ring():
+    """Or many environments would owe a burst of updates by the time there is anything to replay."""
+    args = replace(TINY, num_envs=8, batch_size=4, batch_length=5, learning_starts=10, train_ratio=10,
+                   total_timesteps=1000)
+    for world in (1, 2):
+        start = 8 * world * 5
+        due = [d3.updates_due(args, step, 0, world) for step in (start - 1, start, start + 2, start + 20)]
+        assert due == [0, 1, 2, 11]
+    args = replace(args, learning_starts=100)
+    assert [d3.updates_due(args, step, 0) for step in (99, 100)] == [0, 1]
+    assert d3.updates_due(replace(args, learning_starts=3, offline="somewhere"), 3, 0) == 1
+
+
+def test_without_the_uniform_mixture_nothing_explodes():
+    """--unimix 0: the probability of a class may round to 0, its logarithm must not be infinite."""
+    raw = torch.tensor([[300.0, 0.0, -300.0]], requires_grad=True)
+    dist = d3.OneHot(raw, 0.0)
+    total = dist.entropy().sum() + dist.log_prob(torch.eye(3)).sum()
+    total.backward()
+    assert total.isfinite() and raw.grad.isfinite().all()
+    torch.testing.assert_close(dist.probs, dist.logits.exp())
