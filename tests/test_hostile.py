@@ -121,6 +121,10 @@ def test_restarts_used_up(script, cli, tmp_path):
     assert again.code == 0, str(again)
     state = runs.load_checkpoint(run_dir / "checkpoint.pt", script, "cpu")
     assert (state["step"], state["ranks"][0]["replay"]["count"], state["updates"]) == (25, 25, 16)
+    # Every episode of this environment breaks; an evaluation counts none of them as a return.
+    done = cli(script, "--evaluate", run_dir, "--max-env-restarts", 3, cwd=tmp_path)
+    assert_one_line(done, "Raise-v0", "max_restarts=3")
+    assert "episode" not in done.out, str(done)
 
 
 @pytest.mark.parametrize("env, word", [("RaiseInit", "no such level"), ("RaiseFirstReset", "cannot reset")])
