@@ -248,7 +248,8 @@ def speed_rows(record: dict) -> list[str]:
             name + (f" ({compiling:.0f} s)" if compiling else ""),
             f"{seconds:.3g}", ratios[0], " / ".join(acting), ratios[1],
             f"{side['peak_memory'] / 1e9:.1f} GB", f"{side['parameters'] / 1e6:.2f} M",
-            f"{flops / 1e9:.0f}", f"{flops / seconds / record['matmul'][precision]:.0%}", ""
+            *(["", ""] if math.isnan(flops) else  # of compiled networks torch counts none
+              [f"{flops / 1e9:.0f}", f"{flops / seconds / record['matmul'][precision]:.0%}"]), ""
         ]).strip())
     return rows
 
