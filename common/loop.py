@@ -41,8 +41,8 @@ def finite(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(
-                f"{name} became {value} at update {updates}; that step was not applied, and the "
-                "last checkpoint is intact. Look at the environment's rewards and observations or "
+                f"{name} became {value} at update {updates}; that step of its optimiser was not "
+                "applied, and the last checkpoint is intact. Look at the environment's rewards and observations or "
                 "lower the learning rate, then --resume.")
     return values
 
