@@ -42,8 +42,8 @@ def finite(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
         if not math.isfinite(value):
             raise UserError(
                 f"{name} became {value} at update {updates}; that step of its optimiser was not "
-                "applied, and the last checkpoint is intact. Look at the environment's rewards and observations or "
-                "lower the learning rate, then --resume.")
+                "applied, and the last checkpoint is intact. Look at the environment's rewards and "
+                "observations or lower the learning rate, then --resume.")
     return values
 
 
