@@ -290,7 +290,8 @@ def table() -> str:
                         f"{row['num_envs']} {row['env_id']}{' with the agent' * row['acting']}: "
                         f"{row['per_second']:.0f}" for row in side["envs"]))
         for record in wholes:
-            parts.append(f"Whole run, {record['options']['threads']} threads: " + ", ".join(
+            parts.append(f"Whole run of the posts, {record['options']['steps']:,} of 16,384 steps, "
+                         f"{record['options']['threads']} thread: " + ", ".join(
                 f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items()))
         for record in ranks:
             times = " and ".join(f"{statistics.median(s):.3g}" for s in record["seconds"].values())
