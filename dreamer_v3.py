@@ -469,13 +469,18 @@ class OneHot:
 
     def __init__(self, raw: Tensor, unimix: float):
         """`raw`: unnormalised logits (..., K) of any precision; everything here is in float32."""
-        self.probs = raw.float().softmax(-1) * (1 - unimix) + unimix / raw.shape[-1]
-        self.logits = self.probs.log() if unimix else raw.float().log_softmax(-1)
+        self.raw, self.unimix = raw.float(), unimix
+        self.probs = self.raw.softmax(-1) * (1 - unimix) + unimix / raw.shape[-1]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Log-probabilities (..., K), finite: with unimix 0 they are taken before the softmax."""
+        return self.probs.log() if self.unimix else self.raw.log_softmax(-1)
 
     def sample(self) -> Tensor:
         """Straight-through sample (..., K): forward one-hot, backward the gradient of `probs`."""
         index = draw_classes(self.probs.detach())
-        onehot = F.one_hot(index, self.probs.shape[-1]).to(self.probs.dtype)
+        onehot = torch.zeros_like(self.probs).scatter_(-1, index[..., None], 1)
         return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
 
     def mode(self) -> Tensor:
@@ -603,7 +608,12 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> the same shape."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)
+        if x.shape[-1] < 8 and not x.is_cuda:  # torch's kernel goes row by row: tiny networks -11%
+            x = x - x.mean(-1, keepdim=True)
+            x = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+            return torch.addcmul(self.bias, x, self.weight).permute(0, 3, 1, 2)
+        return super().forward(x).permute(0, 3, 1, 2)
 
 
 def centre(image: Tensor | None) -> Tensor | None:
@@ -762,8 +772,8 @@ class RSSM(nn.Module):
         next_deter = self.gate(deter, self.gru(torch.cat([deter, x.float()], -1)))
         return next_deter, self.prior(next_deter).sample().flatten(-2)
 
-    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor,
-                carry: State) -> tuple[Tensor, Tensor, Tensor]:
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, carry: State,
+                any_first: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior states of a replayed sequence.
 
         Args:
@@ -771,6 +781,7 @@ class RSSM(nn.Module):
             prev_action: (T, B, A), the action that led to each observation.
             is_first: (T, B); there the state starts from `initial_state` and the action is zero.
             carry: state before the first observation.
+            any_first: False spares the initial state where it is not needed (acting, size S: -10%).
 
         Returns:
             deter (T, B, D), stoch (T, B, Z), raw posterior logits (T, B, Z).
@@ -785,8 +796,9 @@ class RSSM(nn.Module):
         deter_w, embed_w = self.obs_out.weight.split([self.deter_dim, embed.shape[-1]], 1)
         action_share = F.linear(within_unit(prev_action * keep), action_w)  # (T, B, U)
         embed_share = F.linear(embed, embed_w)  # (T, B, U)
-        initial, weights = self.initial_state(), (stoch_w, deter_w)
         deter, stoch = carry.deter, carry.stoch
+        initial = self.initial_state() if any_first else (deter, stoch)
+        weights = stoch_w, deter_w
         deters, stochs, raws = [], [], []
         for keep_t, action_t, embed_t in zip(keep, action_share.unbind(), embed_share.unbind()):
             deter, stoch, raw = self.observe_step(deter, stoch, keep_t, action_t, embed_t, initial,
@@ -1161,7 +1173,8 @@ class Agent(nn.Module):
             None if array is None else torch.from_numpy(array)[None].to(self.device)
             for array in (step.image, step.vector, step.is_first))
         embed = self.world_model.encoder(centre(image), vector)
-        deter, stoch, _ = self.world_model.rssm.observe(embed, carry.action[None], is_first, carry)
+        deter, stoch, _ = self.world_model.rssm.observe(embed, carry.action[None], is_first, carry,
+                                                        any_first=bool(step.is_first.any()))
         policy = self.actor.policy(self.actor(torch.cat([deter[0], stoch[0]], -1)))
         return State(deter[0], stoch[0], policy.sample() if sample else policy.mode())
 

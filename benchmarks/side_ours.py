@@ -10,6 +10,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 from benchmarks.side import Side, serve, synthetic_batch  # noqa: E402
+from common import runs  # noqa: E402
 from common.envs import EnvConfig, Envs, EnvSpec, EnvStep, default_action_repeat  # noqa: E402
 
 
@@ -18,6 +19,7 @@ class Ours(Side):
 
     def __init__(self, setting: dict):
         super().__init__(setting)
+        runs.keep_freed_memory()  # as `train` does
         self.script = importlib.import_module(setting["script"])
         args = self.script.Args(**setting["sizes"], horizon=setting["horizon"],
                                 compile=setting["compile"], amp="on" if setting["bf16"] else "off")

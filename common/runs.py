@@ -225,8 +225,8 @@ def keep_freed_memory() -> None:
     """Let malloc keep large blocks that torch frees instead of giving them back to the kernel.
 
     Each update allocates the same tensors again; getting them zeroed from the kernel every time
-    cost 8% (tiny networks) to 20% (size S) of an update on a CPU. The price is a higher peak of
-    memory (size S: 2.7 to 3.4 GB when it was measured). Linux with glibc only.
+    cost 24% (tiny networks) and 35% (size S, bfloat16) of an update on a CPU. The price is a higher
+    peak of memory (size S: 1.9 to 2.2 GB). Linux with glibc only.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)

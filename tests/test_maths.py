@@ -335,6 +335,39 @@ def test_which_layers_are_uniform_zero_or_normal():
             assert sigma * 1.75 < float(param.detach().abs().max()) <= 2 * sigma + 1e-6, name
 
 
+@pytest.mark.parametrize("channels", [2, 3, 7, 8, 32])
+def test_channel_norm_is_a_layer_norm_over_the_channels(channels):
+    """Below eight channels it is written out; values and gradients must stay those of torch's."""
+    norm = d3.ChannelNorm(channels, eps=1e-3)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x = 3 + torch.randn(5, channels, 4, 6).to(memory_format=torch.channels_last)
+    x[0, :, 0, 0] = 1.5  # a pixel without variance
+    inputs = [x.requires_grad_(), norm.weight, norm.bias]
+    last = F.layer_norm(x.movedim(1, -1), (channels,), norm.weight, norm.bias, 1e-3)
+    direction = torch.randn(last.shape)
+    wanted = [last, *torch.autograd.grad(last, inputs, direction)]
+    out = norm(x)
+    got = [out.movedim(1, -1), *torch.autograd.grad(out, inputs, direction.movedim(-1, 1))]
+    for mine, theirs in zip(got, wanted):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [[False, False], [True, False], [True, True]])
+def test_acting_without_a_first_step_needs_no_initial_state(first):
+    agent = tiny_agent()
+    agent.world_model.rssm.initial.data.normal_()
+    none, rows = np.zeros(2, bool), np.zeros(2, np.float32)
+    step = d3.EnvStep(None, np.ones((2, 6), np.float32), rows, np.array(first), none, none, rows,
+                      rows)
+    carry = d3.State(*(torch.randn_like(x) for x in agent.blank_state(2)))
+    acted = agent.act(step, carry)
+    embed = agent.world_model.encoder(None, torch.from_numpy(step.vector)[None])
+    deter, _, _ = agent.world_model.rssm.observe(embed, carry.action[None],
+                                                 torch.tensor(first)[None], carry)
+    torch.testing.assert_close(acted.deter, deter[0])
+
+
 def test_layers_before_a_norm_have_no_bias_and_initial_state_is_zero():
     """Facts 1, 30 and 31."""
     agent = tiny_agent(image=True)
