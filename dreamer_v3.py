@@ -417,25 +417,34 @@ class ReplayBuffer:
 
 
 class Feeder:
-    """Batches for the device. On a GPU the next one is sampled and copied while an update runs."""
+    """Batches for the device. On a GPU the next one is sampled, and copied in a stream of its own,
+    while an update runs."""
 
     def __init__(self, replay: ReplayBuffer, device: torch.device, batch_size: int, length: int):
         self.replay, self.device, self.shape = replay, device, (batch_size, length)
         self.waiting = None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def next(self) -> Batch:
         """The batch that was prepared, or a fresh one."""
         batch, self.waiting = self.waiting or self.draw(), None
+        if self.stream:  # the update, and whoever gets this memory after it, come after the copy
+            update = torch.cuda.current_stream(self.device)
+            update.wait_stream(self.stream)
+            for tensor in filter(torch.is_tensor, batch):
+                tensor.record_stream(update)
         return batch
 
     def prepare(self) -> None:
         """Draw the next batch ahead. On a CPU there would be nothing to overlap it with."""
-        if self.device.type == "cuda":
+        if self.stream:
             self.waiting = self.draw()
 
     def draw(self) -> Batch:
         """Sample and copy; on a GPU this returns before the copy is done."""
-        return on_device(self.replay.sample(*self.shape, self.replay.rng), self.device)
+        batch = self.replay.sample(*self.shape, self.replay.rng)
+        with torch.cuda.stream(self.stream):  # on a CPU this does nothing
+            return on_device(batch, self.device)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -6,8 +6,9 @@ where it comes from.
 
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -315,3 +316,23 @@ def test_feeder_hands_out_what_it_prepared(module, tmp_path):
     assert feeder.next() is waiting and feeder.waiting is None
     assert not torch.equal(first.action, waiting.action)
     check(waiting, spec, 2)
+
+
+def test_a_prepared_batch_is_used_after_its_copy(module, tmp_path, monkeypatch):
+    """With the GPU's streams simulated: the update waits for the copy and claims every tensor."""
+    spec, events = SPECS["vector"], []
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(
+        events.append(("copy in", stream))))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(
+        name="update", wait_stream=lambda stream: events.append(("update waits for", stream))))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: events.append(
+        (tensor.data_ptr(), stream.name)))
+    feeder = module.Feeder(module.ReplayBuffer(tmp_path / "replay", spec, 9, 2, 5), CPU, 3, 2)
+    fill(feeder.replay, range(9), 0, spec)
+    feeder.stream = "side"
+    feeder.prepare()
+    assert feeder.waiting is not None and events == [("copy in", "side")]
+    waiting = feeder.waiting
+    assert feeder.next() is waiting and feeder.waiting is None
+    assert events[1] == ("update waits for", "side")
+    assert events[2:] == [(x.data_ptr(), "update") for x in waiting if x is not None]
