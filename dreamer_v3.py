@@ -444,14 +444,15 @@ class Feeder:
         """Sample and copy; on a GPU this returns before the copy is done."""
         batch = self.replay.sample(*self.shape, self.replay.rng)
         with torch.cuda.stream(self.stream):  # on a CPU this does nothing
-            return on_device(batch, self.device)
+            return Batch(*(on_device(tensor, self.device) for tensor in batch))
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch from the CPU, to a GPU through pinned memory so that nobody waits for it."""
-    if device.type == "cuda":
-        batch = Batch(*(x if x is None else x.pin_memory() for x in batch))
-    return Batch(*(x if x is None else x.to(device, non_blocking=True) for x in batch))
+def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """Copy from the CPU, to a GPU through pinned memory: without it the copy would be waited for,
+    and so would everything that the GPU was told to do before."""
+    if tensor is None or device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------ 4 maths and distributions
@@ -1023,10 +1024,10 @@ def gather_ranks(x: Tensor) -> Tensor:
 class Optimizer:
     """Adam on gradients clipped by their global norm."""
 
-    def __init__(self, params, lr: float, eps: float, clip: float):
+    def __init__(self, params, lr: float, eps: float, clip: float, graphed: bool = False):
+        """`graphed`: a CUDA graph will hold the step."""
         self.params, self.clip = list(params), clip
-        capturable = self.params[0].is_cuda  # so that a CUDA graph can hold the step
-        self.adam = torch.optim.Adam(self.params, lr, eps=eps, fused=True, capturable=capturable)
+        self.adam = torch.optim.Adam(self.params, lr, eps=eps, fused=True, capturable=graphed)
 
     def step(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
         """Minimise a scalar loss by one step; returns the gradient norm before clipping.
@@ -1102,12 +1103,13 @@ class Agent(nn.Module):
         self.slow_critic = TwoHotHead(args, feat_dim).requires_grad_(False)
         self.return_scale = ReturnScale(args)
         self.to(device, memory_format=torch.channels_last)
+        self.graphed = args.compile and device.type == "cuda"
         self.model_opt = Optimizer(self.world_model.parameters(), args.model_lr, args.model_eps,
-                                   args.model_clip)
+                                   args.model_clip, self.graphed)
         self.actor_opt = Optimizer(self.actor.parameters(), args.actor_lr, args.actor_eps,
-                                   args.actor_clip)
+                                   args.actor_clip, self.graphed)
         self.critic_opt = Optimizer(self.critic.parameters(), args.critic_lr, args.critic_eps,
-                                    args.critic_clip)
+                                    args.critic_clip, self.graphed)
         if args.compile:
             self.compile_networks()
         self.updates, self.metrics = 0, {}
@@ -1180,7 +1182,7 @@ class Agent(nn.Module):
         `carry` is the state before, `carry.action` (P, A) the action that led to this observation.
         """
         image, vector, is_first = (
-            None if array is None else torch.from_numpy(array)[None].to(self.device)
+            None if array is None else on_device(torch.from_numpy(array)[None], self.device)
             for array in (step.image, step.vector, step.is_first))
         embed = self.world_model.encoder(centre(image), vector)
         deter, stoch, _ = self.world_model.rssm.observe(embed, carry.action[None], is_first, carry,
@@ -1194,15 +1196,19 @@ class Agent(nn.Module):
             self.args.deter, self.args.stoch * self.args.classes, self.spec.action_dim)))
 
     def compile_networks(self) -> None:
-        """Compile the steps of the two loops and the networks that are called for all time."""
+        """Compile the steps of the two loops and the networks that are called for all time.
+
+        Once for every shape that occurs (acting, training, video), not once for all shapes.
+        """
         torch._functorch.config.donated_buffer = False  # two losses share one backward graph
+        torch._dynamo.config.recompile_limit = 64  # every Dense is a variant of the same code
         model = self.world_model
         for network in (model.encoder, model.reward_head.mlp, model.continue_head, self.actor,
                         self.critic.mlp, self.slow_critic.mlp):
-            network.compile()
-        model.decoder.image = torch.compile(model.decoder.image)
-        model.rssm.observe_step = torch.compile(model.rssm.observe_step)
-        model.rssm.imagine_step = torch.compile(model.rssm.imagine_step)
+            network.compile(dynamic=False)
+        model.decoder.image = torch.compile(model.decoder.image, dynamic=False)
+        model.rssm.observe_step = torch.compile(model.rssm.observe_step, dynamic=False)
+        model.rssm.imagine_step = torch.compile(model.rssm.imagine_step, dynamic=False)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 for matrix products and convolutions; parameters and losses stay in float32."""
@@ -1223,6 +1229,7 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
     there on it is given the recorded actions and nothing else. Videos of shape (T, I, I, C) uint8,
     or curves drawn as such for environments without images.
     """
+    batch = Batch(*(on_device(tensor, agent.device) for tensor in batch))
     model, prev_action = agent.world_model, F.pad(batch.action[:-1], (0, 0, 0, 0, 1, 0))
     embed = model.encoder(centre(batch.image), batch.vector)
     replay_deter, replay_stoch, _ = model.rssm.observe(
@@ -1316,7 +1323,7 @@ def dream(args: Args, run_dir: Path) -> list[Path]:
     arrays["is_first"][0] = True
     batch = Batch(**{"image": None, "vector": None, "action": torch.from_numpy(np.stack(actions))}
                   | {name: torch.from_numpy(array) for name, array in arrays.items()})
-    videos = open_loop(agent, on_device(batch, agent.device), args.dream_context)
+    videos = open_loop(agent, batch, args.dream_context)
     paths = [run_dir / "videos" / "dream.gif", run_dir / "videos" / "dream.png"]
     paths[0].parent.mkdir(exist_ok=True)
     video.save_gif(paths[0], video.side_by_side(videos, args.dream_context))
@@ -1377,7 +1384,7 @@ def collect(agent: Agent, envs: Envs, replay: ReplayBuffer, carry: State | None,
     action = random_action(agent.spec, envs.num_envs) if explore else carry.action.cpu().numpy()
     action[obs.is_last] = 0  # at the end of an episode nothing is chosen
     replay.add(obs, action)
-    return obs, carry._replace(action=torch.from_numpy(action).to(agent.device)), action
+    return obs, carry._replace(action=on_device(torch.from_numpy(action), agent.device)), action
 
 
 def train(args: Args, run_dir: Path | None) -> None:
@@ -1410,6 +1417,7 @@ def train(args: Args, run_dir: Path | None) -> None:
                          args.wandb_project_name, asdict(args))
     progress = Progress(step, agent.updates)
     episodes = video.EpisodeVideos(run_dir / "videos") if args.capture_video and rank == 0 else None
+    agent.update = GraphedUpdate(agent) if agent.graphed else agent.train_step
     try:
         with runs.GracefulExit() as stop:
             save(run_dir, agent, feeder, step)  # so that there is always something to resume
@@ -1419,6 +1427,7 @@ def train(args: Args, run_dir: Path | None) -> None:
         save(run_dir, agent, feeder, progress.step)
         raise
     finally:
+        agent.update = None  # nccl waits for ever for a CUDA graph that holds its collectives
         logger.close()
         envs.close()
         if episodes:
@@ -1435,9 +1444,7 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
     # A replayed sequence starts with is_first, so the state that is carried into it plays no part.
     carry, action, idle = None, None, agent.blank_state(feeder.shape[0])
     last_return = math.nan
-    graphed = args.compile and agent.device.type == "cuda"
-    update = GraphedUpdate(agent) if graphed else agent.train_step
-    while progress.step < args.total_timesteps and not any_rank(stop.requested, agent.device):
+    while progress.step < args.total_timesteps and not any_rank(stop.requested):
         obs = None
         if not args.offline:
             explore = progress.step < first_update(args, world)
@@ -1457,8 +1464,8 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
         # Right after a resume there may be no whole window to replay yet.
         empty = not feeder.replay.windows(args.batch_length)
         due = updates_due(args, progress.step, agent.updates, world)
-        for _ in range(0 if any_rank(empty, agent.device) else due):
-            update(feeder.next(), idle)
+        for _ in range(0 if any_rank(empty) else due):
+            agent.update(feeder.next(), idle)
             feeder.prepare()
             if agent.device.type == "cpu":
                 finite(agent.metrics, agent.updates)
@@ -1469,7 +1476,7 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
         if progress.due(args.video_every) and agent.updates and not empty:
             batch = feeder.replay.sample(1, args.batch_length, np.random.default_rng(progress.step))
             context = min(args.dream_context, args.batch_length - 1)
-            panels = open_loop(agent, on_device(batch, agent.device), context)
+            panels = open_loop(agent, batch, context)
             logger.video("open_loop", video.side_by_side(panels, context), progress.step)
         if progress.due(args.checkpoint_every):
             logger.flush()  # what is logged up to here is never logged again

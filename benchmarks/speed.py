@@ -242,6 +242,9 @@ def speed_rows(record: dict) -> list[str]:
         is_ours = name.startswith("ours")
         ratios = [f"{ratio(side[key], best[key]):.2f}" if best[key] and is_ours else ""
                   for key in ("update", "act_1")]
+        plain = sides.get(f"{options['peer']} float32")  # the peer's default
+        if plain and is_ours:
+            ratios[0] += f" / {ratio(side['update'], plain['update']):.2f}"
         size = options["size"] if options["setting"] == "size" else options["setting"]
         rows.append(" | ".join([
             "", size, str(options["threads"] or "all"),
@@ -261,7 +264,8 @@ def table() -> str:
     for record in sorted((r for r in records if "kind" in r), key=lambda r: r["date"]):
         options, where = record["options"], record["machine"]
         chosen = [options.get(key) for key in ("setting", "size", "threads", "compile")]
-        latest[(record["kind"], where["gpu"] or where["cpu"], *chosen)] = record
+        place = where["gpu"] or f"{where['cpu']}{', avx512_bf16' * where['avx512_bf16']}"
+        latest[(record["kind"], place, *chosen)] = record
     parts = []
     for place in dict.fromkeys(key[1] for key in latest):
         speeds = [r for k, r in latest.items() if k[0] == "speed" and k[1] == place]
@@ -269,14 +273,14 @@ def table() -> str:
         ranks = [r for k, r in latest.items() if k[0] == "ranks" and k[1] == place]
         about = (speeds + wholes + ranks)[0]
         where = about["machine"]
-        native = "avx512_bf16" if where["avx512_bf16"] else "no avx512_bf16"
-        parts.append(f"{place}, {where['cores']} cores, {native}, torch {where['torch']}, "
+        parts.append(f"{place}, {where['cores']} cores, torch {where['torch']}, "
                      f"{about['date'][:10]}, commit {about['commit'][:9]}{about['commit'][40:]}")
         if speeds:
             rates = speeds[-1]["matmul"]
             parts[-1] += "; matrix product " + ", ".join(
                 f"{rate / 1e9:.3g} GFLOP/s in {dtype}" for dtype, rate in rates.items())
-            head = ["setting", "threads", "", "s / update", "of best peer", "acting, ms (1 / 16)",
+            head = ["setting", "threads", "", "s / update",
+                    "of the peer's best / float32", "acting, ms (1 / 16)",
                     "of best peer", "peak", "parameters", "GFLOP / update", "of matmul rate"]
             lines = [row for record in speeds for row in speed_rows(record)]
             parts.append("\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]))

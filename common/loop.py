@@ -47,10 +47,10 @@ def finite(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether `flag` is set in any process: all must leave the main loop in the same turn."""
     if not dist.is_initialized():
         return flag
-    shared = torch.tensor(float(flag), device=device)
+    shared = torch.tensor(float(flag))  # on the CPU: an update may be running on the GPU
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return bool(shared)

@@ -262,7 +262,8 @@ def setup_distributed(device_type: str) -> tuple[int, int, int]:
             raise UserError(f"process {local} has no GPU, this machine has "
                             f"{torch.cuda.device_count()}; lower --nproc-per-node")
         torch.cuda.set_device(local)  # nccl deadlocks when two share a GPU
-    torch.distributed.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    # gloo beside nccl: what only the CPUs need to agree on must not wait for the GPUs.
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
     return rank, world, local
 
 
