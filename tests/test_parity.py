@@ -220,8 +220,8 @@ def clip_each_tensor_by_itself():
 
 def no_clipping():
     shipped = d3.Optimizer.__init__
-    return [(d3.Optimizer, "__init__", lambda self, params, lr, eps, clip:
-             shipped(self, params, lr, eps, 1e9))]
+    return [(d3.Optimizer, "__init__", lambda self, params, lr, eps, clip, *rest:
+             shipped(self, params, lr, eps, 1e9, *rest))]
 
 
 def clipped_actions_without_gradient():
