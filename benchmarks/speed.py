@@ -276,7 +276,8 @@ def table() -> str:
         parts.append(f"{place}, {where['cores']} cores, torch {where['torch']}, "
                      f"{about['date'][:10]}, commit {about['commit'][:9]}{about['commit'][40:]}")
         if speeds:
-            rates = speeds[-1]["matmul"]
+            rates = {dtype: max(record["matmul"][dtype] for record in speeds)
+                     for dtype in speeds[-1]["matmul"]}
             parts[-1] += "; matrix product " + ", ".join(
                 f"{rate / 1e9:.3g} GFLOP/s in {dtype}" for dtype, rate in rates.items())
             head = ["setting", "threads", "", "s / update",
@@ -285,10 +286,10 @@ def table() -> str:
             lines = [row for record in speeds for row in speed_rows(record)]
             parts.append("\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]))
         for record in speeds:
-            for side in record["sides"].values():
+            for name, side in record["sides"].items():
                 for axis, row in side.get("scaling", {}).items():
                     times = ", ".join(f"{n}: {seconds:.3g}" for n, seconds in row.items())
-                    parts.append(f"Seconds per update over batch {axis}: {times}")
+                    parts.append(f"Seconds per update over batch {axis}, {name}: {times}")
                 if "envs" in side:
                     parts.append("Steps per second: " + ", ".join(
                         f"{row['num_envs']} {row['env_id']}{' with the agent' * row['acting']}: "
