@@ -296,7 +296,7 @@ def table() -> str:
                         f"{row['per_second']:.0f}" for row in side["envs"]))
         for record in wholes:
             parts.append(f"Whole run of the posts, {record['options']['steps']:,} of 16,384 steps, "
-                         f"{record['options']['threads']} thread: " + ", ".join(
+                         f"threads: {record['options']['threads']}: " + ", ".join(
                 f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items()))
         for record in ranks:
             times = " and ".join(f"{statistics.median(s):.3g}" for s in record["seconds"].values())
