@@ -620,7 +620,7 @@ class ChannelNorm(nn.LayerNorm):
         """(n, c, h, w) -> the same shape."""
         x = x.permute(0, 2, 3, 1)
         if x.shape[-1] < 8 and not x.is_cuda:  # torch's kernel goes row by row: tiny networks -11%
-            x = x - x.mean(-1, keepdim=True)
+            x = x.float() - x.float().mean(-1, keepdim=True)
             x = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
             return torch.addcmul(self.bias, x, self.weight).permute(0, 3, 1, 2)
         return super().forward(x).permute(0, 3, 1, 2)

@@ -225,7 +225,7 @@ def keep_freed_memory() -> None:
     """Let malloc keep large blocks that torch frees instead of giving them back to the kernel.
 
     Each update allocates the same tensors again; getting them zeroed from the kernel every time
-    cost 24% (tiny networks) and 35% (size S, bfloat16) of an update on a CPU. The price is a higher
+    cost 23% (tiny networks) and 35% (size S, bfloat16) of an update on a CPU. The price is a higher
     peak of memory (size S: 1.9 to 2.2 GB). Linux with glibc only.
     """
     with suppress(OSError, AttributeError):
