@@ -600,7 +600,11 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return F.silu(self.norm(F.linear(x, self.weight)))
+        return self.activate(F.linear(x, self.weight))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Norm in float32, SiLU in the type of the products (authors' code; S in bf16 -0.17 GB)."""
+        return F.silu(self.norm(x).to(x.dtype))
 
 
 class MLP(nn.Sequential):
@@ -617,13 +621,13 @@ class ChannelNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, c, h, w) -> the same shape."""
-        x = x.permute(0, 2, 3, 1)
+        """(n, c, h, w) -> the same shape and type; the norm itself is in float32."""
+        dtype, x = x.dtype, x.permute(0, 2, 3, 1)
         if x.shape[-1] < 8 and not x.is_cuda:  # torch's kernel goes row by row: tiny networks -11%
             x = x.float() - x.float().mean(-1, keepdim=True)
             x = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-            return torch.addcmul(self.bias, x, self.weight).permute(0, 3, 1, 2)
-        return super().forward(x).permute(0, 3, 1, 2)
+            return torch.addcmul(self.bias, x, self.weight).to(dtype).permute(0, 3, 1, 2)
+        return super().forward(x).to(dtype).permute(0, 3, 1, 2)
 
 
 def centre(image: Tensor | None) -> Tensor | None:
@@ -822,9 +826,9 @@ class RSSM(nn.Module):
         """One turn of the loop: (B, D), (B, Z) -> next deter, posterior stoch and raw logits."""
         kept_deter = torch.where(keep, deter, initial[0])  # (B, D)
         kept_stoch = torch.where(keep, stoch, initial[1])  # (B, Z)
-        x = F.silu(self.img_in.norm(F.linear(kept_stoch, weights[0]) + action_share))  # (B, U)
+        x = self.img_in.activate(F.linear(kept_stoch, weights[0]) + action_share)  # (B, U)
         next_deter = self.gate(kept_deter, self.gru(torch.cat([kept_deter, x.float()], -1)))
-        y = F.silu(self.obs_out.norm(F.linear(next_deter, weights[1]) + embed_share))  # (B, U)
+        y = self.obs_out.activate(F.linear(next_deter, weights[1]) + embed_share)  # (B, U)
         raw = self.obs_stats(y)  # (B, Z)
         return next_deter, self.groups_of(raw).sample().flatten(-2), raw
 
