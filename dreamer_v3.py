@@ -24,7 +24,8 @@ What changed since DreamerV2 (each tag stands where the change happens)
     [V3-9]  SiLU and LayerNorm everywhere, no bias before a norm; output layers of the reward head
             and of the critic start at zero
     [V3-10] an action is stored with the observation that it was chosen at (V1, V2: that it led to)
-    [V3-11] imagination also starts at terminal states, with weight zero
+    [V3-11] an imagination that starts at a terminal state has weight zero throughout (V2: from its
+            second step on)
 
 Symbols (paper -> code)
     x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
@@ -59,7 +60,9 @@ Time alignment. A row of the replay buffer holds what is known when the action i
 Deviation (from the authors' code, danijar/dreamerv3 of June 2023)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
     * The unused prior sample of the replay loop is not drawn.
-    * bfloat16 instead of float16 with loss scaling; the state that is carried stays in float32.
+    * bfloat16 instead of float16 with loss scaling; the state that is carried and acting stay in
+      float32.
+    * log1p(|x|) for ln(|x| + 1), and torch's variance in place of E[x^2] - E[x]^2: less rounding.
     * The MLPs of vectors follow --size (theirs: --mlp-layers 5 --mlp-units 1024 in every preset).
     * The first update is due at --learning-starts (theirs: once B * T windows can be sampled).
     * Evaluation samples by default as theirs does; --eval-mode takes the most likely action.
@@ -71,7 +74,7 @@ import mmap
 import shutil
 import sys
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -165,7 +168,7 @@ class Args:
     total_timesteps: int = 100_000
     """Decisions of the agent, all environments together. Frames = timesteps x action repeat."""
     num_envs: int = 1
-    """Environments (in parallel processes if more than one)."""
+    """Environments (in parallel processes if more than one); under torchrun, of each process."""
     action_repeat: int = 0
     """Times that an action is repeated (0: 4 on Atari, else 1)."""
     max_episode_steps: int = 0
@@ -292,6 +295,11 @@ class Args:
             "noop_max", "unimix", "beta_pred", "beta_dyn", "beta_rep", "free_bits", "return_lambda",
             "learning_starts", "max_env_restarts", "critic_ema_decay", "critic_ema_regularizer",
             "actor_entropy", "return_norm_low", "return_norm_decay"})
+        if self.discount_horizon <= 1:
+            raise runs.UserError(f"--discount-horizon is {self.discount_horizon}; it must be above "
+                                 "1 timestep.")
+        if self.bins < 2:
+            raise runs.UserError("--bins is 1; a number lies between two of them.")
         for name in ("unimix", "return_lambda", "critic_ema_decay", "return_norm_low",
                      "return_norm_high", "return_norm_decay"):
             if getattr(self, name) > 1:
@@ -303,9 +311,10 @@ class Args:
             raise runs.UserError(f"--image-size is {self.image_size}; use 8, 16, 32, 64, 128, ...")
         training = not (self.evaluate or self.dream or self.offline)
         if training and self.batch_length > self.capacity:
+            limit = "buffer-size" if self.buffer_size < self.total_timesteps else "total-timesteps"
             raise runs.UserError(
                 f"--batch-length {self.batch_length} is longer than the replay buffer of one "
-                f"environment ({self.capacity} timesteps): lower it, or raise --buffer-size.")
+                f"environment ({self.capacity} timesteps): lower it, or raise --{limit}.")
 
     @property
     def gamma(self) -> float:
@@ -402,7 +411,8 @@ class ReplayBuffer:
         for array in (*self.rings.values(), self.rows):
             if array.flags.writeable:
                 array.flush()
-            array._mmap.madvise(mmap.MADV_DONTNEED)
+            if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+                array._mmap.madvise(mmap.MADV_DONTNEED)
 
     def state_dict(self) -> dict:
         """What the checkpoint must hold to make sense of the files."""
@@ -794,7 +804,7 @@ class RSSM(nn.Module):
             embed: (T, B, E).
             prev_action: (T, B, A), the action that led to each observation.
             is_first: (T, B); there the state starts from `initial_state` and the action is zero.
-            carry: state before the first observation.
+            carry: deter and stoch before the first observation.
             any_first: False spares the initial state where it is not needed (acting, size S: -10%).
 
         Returns:
@@ -1008,7 +1018,8 @@ def critic_loss(value_dist: TwoHot, slow_value: Tensor, ret: Tensor, weight: Ten
                 args: Args) -> Tensor:
     """Loss of the critic as a scalar, Eq. 10, plus the pull towards its slow copy. [V3-6]
 
-        L = -sum_t w_t ( ln p(R_t|s_t) + ln p(v'_t|s_t) )        v' the mean of the slow critic
+        L = -sum_t w_t ( ln p(R_t|s_t) + rho ln p(v'_t|s_t) )    v' the mean of the slow critic,
+                                                                 rho = args.critic_ema_regularizer
     """
     log_prob = value_dist.log_prob(ret.detach())  # (H, N)
     towards_slow = value_dist.log_prob(slow_value)  # (H, N)
@@ -1349,7 +1360,7 @@ def use_bf16(args: Args, device: torch.device) -> bool:
 def first_update(args: Args, world: int) -> int:
     """Timestep of the first update: --learning-starts, but each ring must hold a whole window."""
     whole_windows = args.num_envs * world * args.batch_length
-    return args.learning_starts if args.offline else max(args.learning_starts, whole_windows)
+    return 1 if args.offline else max(args.learning_starts, whole_windows)
 
 
 def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
@@ -1367,22 +1378,14 @@ def random_action(spec: EnvSpec, num_envs: int) -> np.ndarray:
 
 
 def collect(agent: Agent, envs: Envs, replay: ReplayBuffer, carry: State | None,
-            action: np.ndarray | None, explore: bool,
-            stop: runs.GracefulExit) -> tuple[EnvStep | None, State, np.ndarray]:
+            action: np.ndarray | None, explore: bool) -> tuple[EnvStep, State, np.ndarray]:
     """Step the environments with the last action, choose the next one, store the row.
 
     `carry` and `action` are None at first; with `explore` the action is random, but the state is
     kept up to date. The action comes back in numpy as well: to fetch it from a GPU in the next turn
     would be to wait for the update that was queued behind it.
-    Among several ranks, one whose environments are broken asks all to stop: no `EnvStep`.
     """
-    try:
-        obs = envs.reset() if action is None else envs.step(action)
-    except EnvError as error:
-        if not dist.is_initialized():
-            raise
-        stop.requested, stop.error = True, error
-        return None, carry, action
+    obs = envs.reset() if action is None else envs.step(action)
     carry = carry or agent.blank_state(envs.num_envs)
     carry = agent.act(obs, carry)
     action = random_action(agent.spec, envs.num_envs) if explore else carry.action.cpu().numpy()
@@ -1416,7 +1419,7 @@ def train(args: Args, run_dir: Path | None) -> None:
         runs.seed_everything(seed, args.torch_deterministic)
     step = restore(saved, agent, feeder, rank) if saved else 0
     if rank == 0:
-        greet(args, run_dir, replay, agent)
+        greet(args, run_dir, replay, agent, updates_due(args, args.total_timesteps, 0, world))
     logger = runs.Logger(run_dir, args.total_timesteps, step, rank == 0, args.track,
                          args.wandb_project_name, asdict(args))
     progress = Progress(step, agent.updates)
@@ -1427,9 +1430,8 @@ def train(args: Args, run_dir: Path | None) -> None:
             save(run_dir, agent, feeder, step)  # so that there is always something to resume
             run_loop(args, run_dir, envs, agent, feeder, logger, episodes, stop, progress)
             save(run_dir, agent, feeder, progress.step)
-    except EnvError:  # the environment is broken, what was learnt is not
-        save(run_dir, agent, feeder, progress.step)
-        raise
+            if stop.error:
+                raise stop.error
     finally:
         agent.update = None  # nccl waits for ever for a CUDA graph that holds its collectives
         logger.close()
@@ -1449,20 +1451,21 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
     carry, action, idle = None, None, agent.blank_state(feeder.shape[0])
     last_return = math.nan
     while progress.step < args.total_timesteps and not any_rank(stop.requested):
-        obs = None
-        if not args.offline:
-            explore = progress.step < first_update(args, world)
-            obs, carry, action = collect(agent, envs, feeder.replay, carry, action, explore, stop)
+        obs, explore = None, progress.step < first_update(args, world)
+        try:
+            if not args.offline:
+                obs, carry, action = collect(agent, envs, feeder.replay, carry, action, explore)
+            if episodes and obs:
+                episodes.add(envs.render, obs.is_first[0])
+        except (EnvError, OSError) as error:  # what was learnt is not broken: `train` saves it
+            stop.requested, stop.error = True, error
+            if obs is None and world == 1:
+                break  # several processes end this turn and stop together
         progress.advance(envs.num_envs * world)
         for env in np.flatnonzero(obs.is_last) if obs else ():
             last_return = obs.episode_return[env]
             logger.scalars({"charts/episodic_return": last_return,
                             "charts/episodic_length": obs.episode_length[env]}, progress.step)
-        if episodes and obs:
-            try:
-                episodes.add(envs.render, obs.is_first[0])
-            except EnvError as error:  # among several ranks, all stop together
-                stop.requested, stop.error = True, error
 
         # On a GPU this only queues work, which runs while the environments take their next step.
         # Right after a resume there may be no whole window to replay yet.
@@ -1486,8 +1489,6 @@ def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder
             logger.flush()  # what is logged up to here is never logged again
             save(run_dir, agent, feeder, progress.step)
         logger.progress(progress.step, episodic_return=last_return, updates=agent.updates)
-    if stop.error:  # the other ranks save at the end of `train`, this one in its `except`
-        raise stop.error
 
 
 def open_replay(args: Args, run_dir: Path, spec: EnvSpec, rank: int, world: int) -> ReplayBuffer:
@@ -1521,7 +1522,7 @@ def open_run(args: Args, rank: int) -> Path:
     return shared[0]
 
 
-def greet(args: Args, run_dir: Path, replay: ReplayBuffer, agent: Agent) -> None:
+def greet(args: Args, run_dir: Path, replay: ReplayBuffer, agent: Agent, updates: int) -> None:
     """Say where the run is, what it will take, and how to make it comfortable."""
     millions = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
     print(f"run directory: {run_dir}")
@@ -1529,10 +1530,11 @@ def greet(args: Args, run_dir: Path, replay: ReplayBuffer, agent: Agent) -> None
           f"{replay.gibibytes:.2f} GiB of disk{' per rank' * dist.is_initialized()}")
     print(f"agent: size {args.size}, {millions:.2f} million parameters, on {agent.device}"
           f"{' in bfloat16' if agent.bf16 else ''}")
-    if agent.device.type == "cpu" and args.units > SIZES["XXS"]["units"]:
-        print(f"no GPU: {updates_due(args, args.total_timesteps, 0):,} updates of seconds each are "
-              "ahead, for days; comfortable on a laptop: --size XXS --train-ratio 64, or a vector "
-              "environment such as CartPole-v1")
+    if not updates:
+        print("no update will be made: raise --total-timesteps, or lower --learning-starts")
+    elif agent.device.type == "cpu" and args.units > SIZES["XXS"]["units"]:
+        print(f"no GPU: {updates:,} updates of seconds each are ahead, for days; comfortable on a "
+              "laptop: --size XXS --train-ratio 64, or a vector environment such as CartPole-v1")
 
 
 def save(run_dir: Path, agent: Agent, feeder: Feeder, step: int) -> None:
@@ -1566,11 +1568,14 @@ def main() -> None:
     """Train, resume, evaluate or dream; mistakes of the user get one line and exit status 1."""
     fixed = {"env_id", "size", *SIZES["S"], "mlp_units", "mlp_layers", "stoch", "classes", "bins",
              "num_envs", "buffer_size", "image_size", "grayscale", "train_ratio", "batch_size",
-             "batch_length", "learning_starts"}  # the last four: the schedule of updates
+             "batch_length", "learning_starts",  # these four: the schedule of updates
+             "offline"}
     try:
         args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], fixed)
         if args.threads:
             torch.set_num_threads(args.threads)
+        if args.evaluate or args.dream:
+            args = replace(args, compile=False, capture_video=False)  # not worth the wait
         mode = evaluate if args.evaluate else dream if args.dream else train
         mode(args, run_dir)
     except (runs.UserError, EnvError, OSError) as error:

@@ -57,12 +57,13 @@ class Ours(Side):
         config = EnvConfig(env_id, action_repeat=default_action_repeat(env_id))
         envs = Envs(config, num_envs, seed=0)
         obs, carry = envs.reset(), self.agent.blank_state(num_envs)
-        random = np.eye(envs.spec.action_dim, dtype=np.float32)[np.zeros(num_envs, int)]
         steps, start = 0, time.perf_counter()
         while (passed := time.perf_counter() - start) < seconds:
             if acting:
                 carry = self.agent.act(obs, carry)
-            obs = envs.step(carry.action.cpu().numpy() if acting else random)
+                obs = envs.step(carry.action.cpu().numpy())
+            else:
+                obs = envs.step(self.script.random_action(envs.spec, num_envs))
             steps += num_envs
         envs.close()
         return {"per_second": steps / passed}

@@ -6,7 +6,8 @@
         rich gymnasium==1.4.0 ale-py==0.12.1 opencv-python-headless
 
 Where the two could be compared in two ways, the one that favours sheeprl is taken: its conversion
-of the batch to float32 is not timed (ours, inside the update, is).
+of the batch to float32 is not timed (ours, inside the update, is). Its process allocates memory as
+the C library does by default, which is what its users get; ours as `train` does.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py                               30 minutes, size XXS, CartPole
     python benchmarks/soak.py --minutes 1
-    python benchmarks/soak.py --flags --num-envs 2 --video-every 500
+    python benchmarks/soak.py --flags "--num-envs 2 --video-every 500"
 
 Growth is the mean of the last fifth of the run over the mean of the second fifth; the first fifth is
 warm-up. `anonymous` is what the process really owns. `resident` also counts pages of the replay
@@ -15,12 +15,13 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,8 +42,8 @@ class Options:
     """Seconds between two samples."""
     trace: bool = False
     """Also print the lines of Python that own more memory at the end (tracemalloc; slow)."""
-    flags: list[str] = field(default_factory=list)
-    """Further flags for the script, at the end of the line."""
+    flags: str = ""
+    """Further flags for the script, at the end of the line, in quotes."""
 
 
 # Small batches, so that much happens in a minute, and so that what an update needs for a moment
@@ -102,7 +103,8 @@ def soak(options: Options, folder: Path) -> dict:
     script = HERE.parent / f"{options.script}.py"
     seconds = 60 * options.minutes
     tracer = ["-c", TRACER, str(seconds / 4), str(seconds * 0.7)] if options.trace else []
-    command = [sys.executable, *tracer, str(script), *SETTING, *options.flags, "--runs-dir", str(folder / "runs")]
+    command = [sys.executable, *tracer, str(script), *SETTING, *shlex.split(options.flags),
+               "--runs-dir", str(folder / "runs")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     samples, begun = [], time.monotonic()
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
@@ -122,7 +124,7 @@ def soak(options: Options, folder: Path) -> dict:
     announced = float(re.search(r"replay buffer: .*?([\d.]+) GiB", printed)[1])
     last, running = samples[-1], [s for s in samples if s.get("rows")]
     return {
-        "setting": " ".join([options.script, *SETTING, *options.flags]),
+        "setting": " ".join([options.script, *SETTING, options.flags]).strip(),
         "minutes": options.minutes, "timesteps": last["rows"],
         "growth_percent": {name: round(growth(samples, name), 2) for name in ("resident", "anonymous", "file")},
         "peak_mib": {name: round(max(s[name] for s in samples) / 2**20, 1)

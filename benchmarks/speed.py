@@ -62,7 +62,7 @@ class Options:
     threads: int = 0
     """CPU threads of torch (0: its own choice)."""
     rounds: int = 7
-    """Timed updates of each side, after one that is not."""
+    """Timed updates of each side, after three that are not."""
     scaling: bool = False
     """Also time updates over batch length and over batch size."""
     envs: bool = False
@@ -135,7 +135,8 @@ def measure(options: Options) -> dict:
     results = {name: {} for name in sides}
     for name, side in sides.items():
         side.ask("batch", length=options.batch_length, rows=options.batch_size)
-        results[name] |= {"first_update": side.ask("update", repeat=1)["seconds"][0], "update": []}
+        warm_up = side.ask("update", repeat=3)["seconds"]  # a side gets faster for some updates
+        results[name] |= {"first_update": warm_up[0], "update": []}
         results[name] |= side.ask("parameters")
     for index in range(options.rounds):
         for name, side in sides.items():
@@ -230,8 +231,9 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 def speed_rows(record: dict) -> list[str]:
     """Rows of the table: one per side of one measurement."""
     sides, options, rows = record["sides"], record["options"], []
+    kinds = ("update", "act_1", "act_16")
     best = {key: min((s[key] for n, s in sides.items() if not n.startswith("ours")), default=None,
-                     key=statistics.median) for key in ("update", "act_1")}
+                     key=statistics.median) for key in kinds}
     for name, side in sides.items():
         seconds, precision = statistics.median(side["update"]), name.split()[1]
         same = [other["flops"] for key, other in sides.items()
@@ -241,20 +243,35 @@ def speed_rows(record: dict) -> list[str]:
         compiling = side["first_update"] - seconds if "compiled" in name else 0
         is_ours = name.startswith("ours")
         ratios = [f"{ratio(side[key], best[key]):.2f}" if best[key] and is_ours else ""
-                  for key in ("update", "act_1")]
+                  for key in kinds]
         plain = sides.get(f"{options['peer']} float32")  # the peer's default
-        if plain and is_ours:
-            ratios[0] += f" / {ratio(side['update'], plain['update']):.2f}"
+        of_plain = f"{ratio(side['update'], plain['update']):.2f}" if plain and is_ours else ""
         size = options["size"] if options["setting"] == "size" else options["setting"]
         rows.append(" | ".join([
             "", size, str(options["threads"] or "all"),
             name + (f" ({compiling:.0f} s)" if compiling else ""),
-            f"{seconds:.3g}", ratios[0], " / ".join(acting), ratios[1],
+            f"{seconds:.3g}", ratios[0], of_plain, " / ".join(acting),
+            " / ".join(filter(None, ratios[1:])),
             f"{side['peak_memory'] / 1e9:.1f} GB", f"{side['parameters'] / 1e6:.2f} M",
             *(["", ""] if math.isnan(flops) else  # of compiled networks torch counts none
               [f"{flops / 1e9:.0f}", f"{flops / seconds / record['matmul'][precision]:.0%}"]), ""
         ]).strip())
     return rows
+
+
+def environment_rates(rows: list[dict]) -> list[str]:
+    """One text per environment and way of acting."""
+    rates = {}
+    for row in rows:
+        kind = f"{row['env_id']} {'with the agent' if row['acting'] else 'at random'}"
+        rates.setdefault(kind, []).append(f"{row['per_second']:.0f}")
+    return [f"{kind} {', '.join(values)}" for kind, values in rates.items()]
+
+
+def remark(record: dict) -> str:
+    """Commit and note of one measurement."""
+    note = record["options"].get("note")
+    return f" ({record['commit'][:9]}{record['commit'][40:]}{'; ' if note else ''}{note or ''})"
 
 
 def table() -> str:
@@ -274,35 +291,43 @@ def table() -> str:
         about = (speeds + wholes + ranks)[0]
         where = about["machine"]
         parts.append(f"{place}, {where['cores']} cores, torch {where['torch']}, "
-                     f"{about['date'][:10]}, commit {about['commit'][:9]}{about['commit'][40:]}")
+                     f"{about['date'][:10]}")
         if speeds:
             rates = {dtype: max(record["matmul"][dtype] for record in speeds)
                      for dtype in speeds[-1]["matmul"]}
             parts[-1] += "; matrix product " + ", ".join(
                 f"{rate / 1e9:.3g} GFLOP/s in {dtype}" for dtype, rate in rates.items())
-            head = ["setting", "threads", "", "s / update",
-                    "of the peer's best / float32", "acting, ms (1 / 16)",
-                    "of best peer", "peak", "parameters", "GFLOP / update", "of matmul rate"]
+            head = ["size", "threads", "side", "s / update", "share of the peer's fastest",
+                    "share of the peer's float32", "acting, ms (1 / 16 rows)",
+                    "share of the peer's fastest", "peak memory", "parameters", "GFLOP / update",
+                    "of the matmul rate"]
             lines = [row for record in speeds for row in speed_rows(record)]
             parts.append("\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]))
+            parts.append("Batches of 16 x 64. Size tiny is deter 64, 8 x 8 latents, depth 4, one "
+                         "layer of 64. Measured on: " + ", ".join(
+                f"{speed_rows(record)[0].split(' |')[0][2:]} with {record['options']['threads']} "
+                f"threads{' compiled' * record['options']['compile']}{remark(record)}"
+                for record in speeds))
         for record in speeds:
             for name, side in record["sides"].items():
                 for axis, row in side.get("scaling", {}).items():
                     times = ", ".join(f"{n}: {seconds:.3g}" for n, seconds in row.items())
                     parts.append(f"Seconds per update over batch {axis}, {name}: {times}")
                 if "envs" in side:
-                    parts.append("Steps per second: " + ", ".join(
-                        f"{row['num_envs']} {row['env_id']}{' with the agent' * row['acting']}: "
-                        f"{row['per_second']:.0f}" for row in side["envs"]))
+                    parts.append("Environment steps per second of 1, 2 and 4 environments (one "
+                                 "runs in our process, several in processes of their own): "
+                                 + "; ".join(environment_rates(side["envs"])))
         for record in wholes:
             parts.append(f"Whole run of the posts, {record['options']['steps']:,} of 16,384 steps, "
                          f"threads: {record['options']['threads']}: " + ", ".join(
-                f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items()))
+                f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items())
+                         + remark(record))
         for record in ranks:
             times = " and ".join(f"{statistics.median(s):.3g}" for s in record["seconds"].values())
             parts.append(f"One and two processes ({record['options']['size']}, one thread each, "
                          f"the same whole batch): {times} s per update, "
-                         f"{record['speedup']:.2f} times as fast")
+                         f"{record['speedup']:.2f} times as fast (median over paired rounds)"
+                         + remark(record))
     if not any(record["machine"]["gpu"] for record in latest.values()):
         parts.append("CUDA: not measured.")
     return "\n\n".join(parts)

@@ -62,6 +62,13 @@ class CountingEnv(gym.Env):
             self.image() if self.parts == "image" else vector)
 
 
+class ShrinkingEnv(CountingEnv):
+    """Its picture is one pixel from episode 8 on, and of that no video can be made."""
+
+    def render(self):
+        return self.image()[:1, :1] if self.count[1] >= 8 else self.image()
+
+
 class BrokenEnv(CountingEnv):
     """A CountingEnv with one fault, at the third step of every episode if not said otherwise."""
 
@@ -159,3 +166,4 @@ for fault in FAULTS:  # "nan_reward" is NanReward-v0
     name = fault.title().replace("_", "")
     gym.register(f"{name}-v0", entry_point=f"{__name__}:BrokenEnv", kwargs={"fault": fault})
 gym.register("Echo-v0", entry_point=f"{__name__}:EchoEnv")
+gym.register("Shrinking-v0", entry_point=f"{__name__}:ShrinkingEnv")

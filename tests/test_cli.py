@@ -227,7 +227,7 @@ def test_offline_trains_from_a_recording(script, trained, cli, tmp_path):
     before = hashes(trained[0])
     done = cli(script, *new_run(30), "--offline", trained[0], cwd=tmp_path)
     assert done.code == 0 and hashes(trained[0]) == before, str(done)
-    assert progress_of(run_dir_in(tmp_path), script) == (30, 11)
+    assert progress_of(run_dir_in(tmp_path), script) == (30, 30)  # nothing to wait for
     assert "charts/episodic_return" not in scalars(run_dir_in(tmp_path))
 
 
@@ -275,6 +275,9 @@ BAD = {
     "negative seed": (["--seed", "-1"], ["--seed", "-1"]),
     "odd image size": (["--image-size", "60"], ["--image-size", "64"]),
     "tiny buffer": (["--buffer-size", "4"], ["--batch-length", "--buffer-size"]),
+    "short run": (["--total-timesteps", "4"], ["--batch-length", "--total-timesteps"]),
+    "no discount horizon": (["--discount-horizon", "1"], ["--discount-horizon", "above 1"]),
+    "one bucket": (["--bins", "1"], ["--bins"]),
     "percent for a share": (["--return-norm-high", "95"], ["--return-norm-high", "at most 1"]),
     "sequence of one": (["--batch-length", "1"], ["--batch-length", "at least 2"]),
     "no directory": (["--resume", "nowhere"], ["nowhere"]),
@@ -403,3 +406,19 @@ def test_broken_environment_saves_what_was_learnt(script, cli, tmp_path):
     assert_user_error(done, "Raise-v0", "lost the ball")
     assert done.err.count("restart ") == 8
     assert progress_of(run_dir_in(tmp_path), script)[1] > 0
+
+
+def test_a_video_that_cannot_be_written_costs_nothing(script, cli, tmp_path):
+    """The ninth episode's, in the middle of training: the run stops, and what was learnt is saved."""
+    run = new_run(300, "--capture-video", env="tests.fake_envs:Shrinking-v0")
+    assert_user_error(cli(script, *run, cwd=tmp_path), "recording.mp4")
+    assert progress_of(run_dir_in(tmp_path), script) == (55, 36)  # noticed when the next one begins
+    done = cli(script, "--resume", run_dir_in(tmp_path), "--total-timesteps", 70, cwd=tmp_path)
+    assert done.code == 0, str(done)  # a new environment, that is at episode 0
+    assert progress_of(run_dir_in(tmp_path), script) == (70, 51)
+
+
+def test_a_run_too_short_for_an_update_says_so(script, cli, tmp_path):
+    done = cli(script, *new_run(19), cwd=tmp_path)
+    assert done.code == 0 and "--learning-starts" in done.out, str(done)
+    assert progress_of(run_dir_in(tmp_path), script) == (19, 0)
