@@ -162,4 +162,5 @@ class EpisodeVideos:
         path, codec = self.folder / "recording.mp4", cv2.VideoWriter_fourcc(*"mp4v")
         self.writer = cv2.VideoWriter(str(path), codec, self.fps, size)
         if not self.writer.isOpened():
+            self.writer = None  # there is nothing to finish
             raise OSError(f"cannot write {path}: OpenCV cannot make a video of {size} pixels there")
