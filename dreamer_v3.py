@@ -111,172 +111,95 @@ class Args:
     """Every setting and its only default. `(paper: x)` is the value of the paper's table."""
 
     # The run
-    exp_name: str = SCRIPT
-    """Name of this experiment, part of the run directory's name."""
-    seed: int = 1
-    """Seed of everything random."""
-    torch_deterministic: bool = True
-    """Ask cuDNN for deterministic kernels."""
-    cuda: bool = True
-    """Use the GPU if there is one."""
-    threads: int = 0
-    """CPU threads of torch; 0: torch's own choice. One is best for the smallest networks."""
-    track: bool = False
-    """Also log to Weights & Biases."""
-    wandb_project_name: str = "dreamer"
-    """Project name there."""
-    capture_video: bool = False
-    """Write episodes of the first environment to RUN_DIR/videos as they are rendered."""
-    runs_dir: str = "runs"
-    """Where run directories are made."""
-    log_every: int = 250
-    """Timesteps between two points of the training curves."""
-    video_every: int = 10_000
-    """Timesteps between two open-loop videos in TensorBoard (0: none)."""
-    checkpoint_every: int = 5_000
-    """Timesteps between two checkpoints; interrupt and TERM write one as well."""
-    compile: bool = False
-    """Compile the networks with torch.compile; on a GPU also replay updates as a CUDA graph."""
-    amp: Literal["auto", "on", "off"] = "auto"
-    """bfloat16 matrix products; auto: where the hardware has them and the networks are not tiny."""
+    exp_name: str = SCRIPT  # Name of this experiment, part of the run directory's name
+    seed: int = 1  # Seed of everything random
+    torch_deterministic: bool = True  # Ask cuDNN for deterministic kernels
+    cuda: bool = True  # Use the GPU if there is one
+    threads: int = 0  # CPU threads of torch (0: its own choice); 1 is best for tiny networks
+    track: bool = False  # Also log to Weights & Biases
+    wandb_project_name: str = "dreamer"  # Project name there
+    capture_video: bool = False  # Write episodes of the first environment to RUN_DIR/videos
+    runs_dir: str = "runs"  # Where run directories are made
+    log_every: int = 250  # Timesteps between two points of the training curves
+    video_every: int = 10_000  # Timesteps between two open-loop videos in TensorBoard (0: none)
+    checkpoint_every: int = 5_000  # Timesteps between checkpoints; Ctrl-C and TERM write one too
+    compile: bool = False  # torch.compile the networks; on a GPU also make updates a CUDA graph
+    amp: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto: where native, from 256 units on
 
     # Instead of a new run
-    resume: str = ""
-    """Run directory to go on with, exactly where it stopped."""
-    evaluate: str = ""
-    """Run directory whose agent plays fresh episodes; prints every return, mean and spread."""
-    dream: str = ""
-    """Run directory whose agent's dreams are written to RUN_DIR/videos as GIF and PNG strip."""
-    offline: str = ""
-    """Run directory whose recorded replay is trained on; no environment step is taken."""
-    eval_episodes: int = 10
-    """Episodes of --evaluate."""
-    eval_mode: bool = False
-    """Evaluate and dream with the most likely actions instead of sampled ones."""
-    eval_env_seed: int | None = None
-    """Every episode of --evaluate and --dream starts from this seed (a fixed level or track)."""
-    dream_context: int = 5
-    """Frames that the agent sees before it dreams on alone."""
-    dream_horizon: int = 45
-    """Frames of pure imagination."""
+    resume: str = ""  # Run directory to go on with, exactly where it stopped
+    evaluate: str = ""  # Run directory whose agent plays fresh episodes; prints every return
+    dream: str = ""  # Run directory whose agent's dreams go to RUN_DIR/videos as GIF and PNG
+    offline: str = ""  # Run directory whose replay is trained on; no environment step is taken
+    eval_episodes: int = 10  # Episodes of --evaluate
+    eval_mode: bool = False  # Evaluate and dream with the most likely actions, not sampled ones
+    eval_env_seed: int | None = None  # Seed of every episode of --evaluate and --dream (one track)
+    dream_context: int = 5  # Frames that the agent sees before it dreams on alone
+    dream_horizon: int = 45  # Frames of pure imagination
 
     # Environment
-    env_id: str = "MsPacmanNoFrameskip-v4"
-    """Any Gymnasium id; `module:Id-v0` imports your own."""
-    env_seed: int | None = None
-    """Every episode of training starts from this seed: one level or track, not many."""
-    total_timesteps: int = 100_000
-    """Decisions of the agent, all environments together. Frames = timesteps x action repeat."""
-    num_envs: int = 1
-    """Environments (in parallel processes if more than one); under torchrun, of each process."""
-    action_repeat: int = 0
-    """Times that an action is repeated (0: 4 on Atari, else 1)."""
-    max_episode_steps: int = 0
-    """Time limit in timesteps (0: the environment's own). A limit is not a terminal."""
-    image_size: int = 64
-    """Images are resized to this height and width: a power of two, at least 8."""
-    grayscale: bool = False
-    """Images in shades of grey."""
-    clip_rewards: bool = False
-    """Learn from rewards clipped to [-1, 1]; reported returns stay unclipped."""
-    noop_max: int = 30
-    """Atari: up to this many no-ops at the start of an episode."""
-    max_env_restarts: int = 10
-    """Crashed or broken environments are restarted this many times before the run gives up."""
-    env_timeout: float = 60.0
-    """Seconds after which an environment process counts as hung."""
+    env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
+    env_seed: int | None = None  # Seed of every episode of training (one level, one track)
+    total_timesteps: int = 100_000  # Decisions of the agent; frames = timesteps x action repeat
+    num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
+    action_repeat: int = 0  # Times that an action is repeated (0: 4 on Atari, else 1)
+    max_episode_steps: int = 0  # Time limit in timesteps (0: the environment's own); no terminal
+    image_size: int = 64  # Images are resized to this height and width: a power of two, at least 8
+    grayscale: bool = False  # Images in shades of grey
+    clip_rewards: bool = False  # Learn from rewards clipped to [-1, 1]; returns stay as they are
+    noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
+    max_env_restarts: int = 10  # Restarts of broken environments before the run gives up
+    env_timeout: float = 60.0  # Seconds after which an environment process counts as hung
 
     # Model size
-    size: Literal["XXS", "XS", "S", "M", "L", "XL"] = "S"
-    """Sets the five fields below; each can also be set by itself."""
-    deter: int | None = None
-    """GRU recurrent units, size of h_t (paper, S: 512)."""
-    hidden: int | None = None
-    """Hidden units inside the RSSM (paper, S: 512)."""
-    units: int | None = None
-    """Dense hidden units of encoder, decoder and heads (paper, S: 512)."""
-    layers: int | None = None
-    """MLP layers of encoder, decoder and heads (paper, S: 2)."""
-    depth: int | None = None
-    """CNN multiplier: channels of the first stage (paper, S: 32)."""
-    mlp_units: int | None = None
-    """Dense hidden units of vector encoder and decoder (None: --units; authors' code: 1024)."""
-    mlp_layers: int | None = None
-    """MLP layers of vector encoder and decoder (None: --layers; authors' code: 5)."""
-    stoch: int = 32
-    """Number of latents z_t (paper: 32)."""
-    classes: int = 32
-    """Classes per latent (paper: 32)."""
-    bins: int = 255
-    """Buckets of the two-hot distributions, on [-20, 20] in symlog space (paper: 255)."""
+    size: Literal["XXS", "XS", "S", "M", "L", "XL"] = "S"  # Sets the next five fields
+    deter: int | None = None  # GRU recurrent units, size of h_t (paper, S: 512)
+    hidden: int | None = None  # Hidden units inside the RSSM (paper, S: 512)
+    units: int | None = None  # Dense hidden units of encoder, decoder and heads (paper, S: 512)
+    layers: int | None = None  # MLP layers of encoder, decoder and heads (paper, S: 2)
+    depth: int | None = None  # CNN multiplier: channels of the first stage (paper, S: 32)
+    mlp_units: int | None = None  # Units of vector en- and decoder (None: --units; authors: 1024)
+    mlp_layers: int | None = None  # Layers of vector en- and decoder (None: --layers; authors: 5)
+    stoch: int = 32  # Number of latents z_t (paper: 32)
+    classes: int = 32  # Classes per latent (paper: 32)
+    bins: int = 255  # Two-hot buckets, on [-20, 20] in symlog space (paper: 255)
 
     # Replay
-    train_ratio: float = 1024
-    """Replayed timesteps per timestep of the environment (paper, Atari 100k: 1024)."""
-    batch_size: int = 16
-    """Sequences per batch, B (paper: 16)."""
-    batch_length: int = 64
-    """Timesteps per sequence, T (paper: 64)."""
-    buffer_size: int = 1_000_000
-    """Replay capacity in timesteps, all environments together, first in first out (paper: 1e6)."""
-    learning_starts: int = 1024
-    """Timesteps of uniformly random actions before the first update."""
+    train_ratio: float = 1024  # Replayed timesteps per collected one (paper, Atari 100k: 1024)
+    batch_size: int = 16  # Sequences per batch, B (paper: 16)
+    batch_length: int = 64  # Timesteps per sequence, T (paper: 64)
+    buffer_size: int = 1_000_000  # Replay capacity in timesteps, first in, first out (paper: 1e6)
+    learning_starts: int = 1024  # Timesteps of uniformly random actions before the first update
 
     # World model
-    unimix: float = 0.01
-    """Share of the uniform distribution in every categorical (paper: 0.01)."""
-    beta_pred: float = 1.0
-    """beta_pred, scale of image, vector, reward and continue loss (paper: 1.0)."""
-    beta_dyn: float = 0.5
-    """beta_dyn, scale of the dynamics loss (paper: 0.5)."""
-    beta_rep: float = 0.1
-    """beta_rep, scale of the representation loss (paper: 0.1)."""
-    free_bits: float = 1.0
-    """Nats below which a KL loss is not pushed any further (paper: 1)."""
-    model_lr: float = 1e-4
-    """Learning rate (paper: 1e-4)."""
-    model_eps: float = 1e-8
-    """Adam epsilon (paper: 1e-8)."""
-    model_clip: float = 1000.0
-    """Gradient clipping by global norm (paper: 1000)."""
+    unimix: float = 0.01  # Share of the uniform distribution in every categorical (paper: 0.01)
+    beta_pred: float = 1.0  # beta_pred, scale of image, vector, reward and continue loss (paper: 1)
+    beta_dyn: float = 0.5  # beta_dyn, scale of the dynamics loss (paper: 0.5)
+    beta_rep: float = 0.1  # beta_rep, scale of the representation loss (paper: 0.1)
+    free_bits: float = 1.0  # Nats below which a KL loss is not pushed any further (paper: 1)
+    model_lr: float = 1e-4  # Learning rate (paper: 1e-4)
+    model_eps: float = 1e-8  # Adam epsilon (paper: 1e-8)
+    model_clip: float = 1000.0  # Gradient clipping by global norm (paper: 1000)
 
     # Actor and critic
-    horizon: int = 15
-    """Imagination horizon, H (paper: 15)."""
-    discount_horizon: float = 333.0
-    """1 / (1 - gamma) (paper: 333)."""
-    return_lambda: float = 0.95
-    """Return lambda (paper: 0.95)."""
-    critic_ema_decay: float = 0.98
-    """Decay of the slow critic (paper: 0.98)."""
-    critic_ema_regularizer: float = 1.0
-    """Scale of the loss that pulls the critic towards its slow copy (paper: 1)."""
-    return_norm_low: float = 0.05
-    """Lower end of the return range, as a share (paper: the 5th percentile)."""
-    return_norm_high: float = 0.95
-    """Upper end of the return range, as a share (paper: the 95th percentile)."""
-    return_norm_limit: float = 1.0
-    """L, smaller return ranges are not scaled up (paper: 1)."""
-    return_norm_decay: float = 0.99
-    """Decay of the return range (paper: 0.99)."""
-    actor_entropy: float = 3e-4
-    """eta, scale of the entropy bonus (paper: 3e-4)."""
-    actor_min_std: float = 0.1
-    """Smallest standard deviation of a continuous action (authors' code: 0.1)."""
-    actor_max_std: float = 1.0
-    """Largest standard deviation of a continuous action (authors' code: 1.0)."""
-    actor_lr: float = 3e-5
-    """Learning rate of the actor (paper: 3e-5)."""
-    critic_lr: float = 3e-5
-    """Learning rate of the critic (paper: 3e-5)."""
-    actor_eps: float = 1e-5
-    """Adam epsilon of the actor (paper: 1e-5)."""
-    critic_eps: float = 1e-5
-    """Adam epsilon of the critic (paper: 1e-5)."""
-    actor_clip: float = 100.0
-    """Gradient clipping of the actor (paper: 100)."""
-    critic_clip: float = 100.0
-    """Gradient clipping of the critic (paper: 100)."""
+    horizon: int = 15  # Imagination horizon, H (paper: 15)
+    discount_horizon: float = 333.0  # 1 / (1 - gamma) (paper: 333)
+    return_lambda: float = 0.95  # Return lambda (paper: 0.95)
+    critic_ema_decay: float = 0.98  # Decay of the slow critic (paper: 0.98)
+    critic_ema_regularizer: float = 1.0  # Scale of the loss towards the slow critic (paper: 1)
+    return_norm_low: float = 0.05  # Lower end of the return range (paper: 5th percentile)
+    return_norm_high: float = 0.95  # Upper end of the return range (paper: 95th percentile)
+    return_norm_limit: float = 1.0  # L, smaller return ranges are not scaled up (paper: 1)
+    return_norm_decay: float = 0.99  # Decay of the return range (paper: 0.99)
+    actor_entropy: float = 3e-4  # eta, scale of the entropy bonus (paper: 3e-4)
+    actor_min_std: float = 0.1  # Smallest deviation of a continuous action (authors' code: 0.1)
+    actor_max_std: float = 1.0  # Largest deviation of a continuous action (authors' code: 1.0)
+    actor_lr: float = 3e-5  # Learning rate of the actor (paper: 3e-5)
+    critic_lr: float = 3e-5  # Learning rate of the critic (paper: 3e-5)
+    actor_eps: float = 1e-5  # Adam epsilon of the actor (paper: 1e-5)
+    critic_eps: float = 1e-5  # Adam epsilon of the critic (paper: 1e-5)
+    actor_clip: float = 100.0  # Gradient clipping of the actor (paper: 100)
+    critic_clip: float = 100.0  # Gradient clipping of the critic (paper: 100)
 
     def __post_init__(self) -> None:
         """Fill in what follows from --size and --env-id, then refuse what cannot work."""

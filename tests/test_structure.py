@@ -57,6 +57,13 @@ def args_fields(script: str) -> list[str]:
     return [n.target.id for n in args_class(script).body if isinstance(n, ast.AnnAssign)]
 
 
+def flag_texts(script: str) -> dict[str, str]:
+    """What the comment on a field's line says of it; `--help` shows it."""
+    lines = (ROOT / file_of(script)).read_text().splitlines()
+    return {n.target.id: lines[n.end_lineno - 1][n.end_col_offset:].removeprefix("  # ")
+            for n in args_class(script).body if isinstance(n, ast.AnnAssign)}
+
+
 def flag_of(field: str) -> str:
     return "--" + field.strip("_").replace("_", "-")
 
@@ -182,11 +189,9 @@ def test_documented(name):
 # ---- Flags ---------------------------------------------------------------------------------------
 
 def test_every_flag_is_documented(script):
-    body = args_class(script).body
-    bare = [n.target.id for n, following in itertools.pairwise(body) if isinstance(n, ast.AnnAssign)
-            and not (isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant))]
-    assert not bare
-    assert all(n.value is not None for n in body if isinstance(n, ast.AnnAssign)), "a flag has no default"
+    assert not [name for name, text in flag_texts(script).items() if len(text.split()) < 2]
+    fields = [n for n in args_class(script).body if isinstance(n, ast.AnnAssign)]
+    assert all(n.value is not None for n in fields), "a flag has no default"
 
 
 def test_every_flag_does_something(script):
@@ -214,6 +219,8 @@ def test_help_lists_every_flag(script, cli, tmp_path):
     missing = [flag_of(field) for field in args_fields(script)
                if not re.search(rf"{flag_of(field)}\b(?!-)", shown.out)]
     assert not missing
+    words = " ".join(shown.out.replace("\u2502", " ").split())  # the frame, and where lines break
+    assert not [text for text in flag_texts(script).values() if text not in words]
     assert not list(tmp_path.iterdir())
 
 
