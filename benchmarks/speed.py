@@ -285,7 +285,8 @@ def table() -> str:
         latest[(record["kind"], place, *chosen)] = record
     parts = []
     for place in dict.fromkeys(key[1] for key in latest):
-        speeds = [r for k, r in latest.items() if k[0] == "speed" and k[1] == place]
+        speeds = sorted((r for k, r in latest.items() if k[0] == "speed" and k[1] == place),
+                        key=lambda r: [r["options"][key] for key in ("compile", "setting")])
         wholes = [r for k, r in latest.items() if k[0] == "whole_run" and k[1] == place]
         ranks = [r for k, r in latest.items() if k[0] == "ranks" and k[1] == place]
         about = (speeds + wholes + ranks)[0]
@@ -305,8 +306,9 @@ def table() -> str:
             parts.append("\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]))
             parts.append("Batches of 16 x 64. Size tiny is deter 64, 8 x 8 latents, depth 4, one "
                          "layer of 64. Measured on: " + ", ".join(
-                f"{speed_rows(record)[0].split(' |')[0][2:]} with {record['options']['threads']} "
-                f"threads{' compiled' * record['options']['compile']}{remark(record)}"
+                f"{speed_rows(record)[0].split(' |')[0][2:]}, threads: "
+                f"{record['options']['threads']}{', compiled' * record['options']['compile']}"
+                f"{remark(record)}"
                 for record in speeds))
         for record in speeds:
             for name, side in record["sides"].items():
