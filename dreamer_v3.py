@@ -143,7 +143,7 @@ class Args:
     total_timesteps: int = 100_000  # Decisions of the agent; frames = timesteps x action repeat
     num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
     action_repeat: int = 0  # Times that an action is repeated (0: 4 on Atari, else 1)
-    max_episode_steps: int = 0  # Time limit in timesteps (0: the environment's own); no terminal
+    max_episode_steps: int = 0  # Time limit, not a terminal, in timesteps (0: environment's own)
     image_size: int = 64  # Images are resized to this height and width: a power of two, at least 8
     grayscale: bool = False  # Images in shades of grey
     clip_rewards: bool = False  # Learn from rewards clipped to [-1, 1]; returns stay as they are
@@ -1491,14 +1491,14 @@ def main() -> None:
     """Train, resume, evaluate or dream; mistakes of the user get one line and exit status 1."""
     fixed = {"env_id", "size", *SIZES["S"], "mlp_units", "mlp_layers", "stoch", "classes", "bins",
              "num_envs", "buffer_size", "image_size", "grayscale", "train_ratio", "batch_size",
-             "batch_length", "learning_starts",  # these four: the schedule of updates
+             "batch_length", "learning_starts",  # from train_ratio on: the schedule of updates
              "offline"}
     try:
         args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], fixed)
         if args.threads:
             torch.set_num_threads(args.threads)
-        if args.evaluate or args.dream:
-            args = replace(args, compile=False, capture_video=False)  # not worth the wait
+        if args.evaluate or args.dream:  # compiling takes longer than playing; no episode is filmed
+            args = replace(args, compile=False, capture_video=False)
         mode = evaluate if args.evaluate else dream if args.dream else train
         mode(args, run_dir)
     except (runs.UserError, EnvError, OSError) as error:
