@@ -7,37 +7,26 @@
     python dreamer_v3.py --dream RUN_DIR                      happened | reconstructed | imagined
     torchrun --nproc-per-node 2 dreamer_v3.py --env-id ...    several GPUs
 
-The agent learns a *world model* from replayed sequences: a recurrent state-space model (RSSM) that
-compresses observations into discrete codes and predicts the next code, reward and episode end. An
-*actor* and a *critic* then learn purely inside that model, from imagined trajectories. One gradient
-step of each, in this order, is one *update* (`Agent.train_step`).
+The agent learns a *world model* from replayed sequences. An *actor* and a *critic* then learn from
+trajectories that they imagine in that model. One update (`Agent.learn`):
 
-What changed since DreamerV2 (each tag stands where the change happens)
-    [V3-1]  symlog: vector inputs and targets, rewards and returns are squashed, Eq. 1-2
-    [V3-2]  KL split into dynamics (0.5) and representation (0.1) loss, free bits 1 each, Eq. 5
-    [V3-3]  1% uniform mixture in every categorical, so that no KL or log-probability explodes
-    [V3-4]  reward and critic predict a two-hot distribution over 255 symlog buckets, Eq. 8-10
-    [V3-5]  returns divided by an average of their 5-95 percentile range, at least 1, Eq. 11-12
-    [V3-6]  targets come from the fast critic; the slow copy only regularises it
-    [V3-7]  the continue head predicts whether the episode goes on; gamma is not in its target
-    [V3-8]  learned initial state
-    [V3-9]  SiLU and LayerNorm everywhere, no bias before a norm; output layers of the reward head
-            and of the critic start at zero
-    [V3-10] an action is stored with the observation that it was chosen at (V1, V2: that it led to)
-    [V3-11] an imagination that starts at a terminal state has weight zero throughout (V2: from its
-            second step on)
+    batch                 <- B windows of T consecutive rows of the replay buffer
+    embed                 <- encoder(image, vector)
+    deter, stoch          <- RSSM along time: posterior states, and the prior at each of them
+    world model           learns to predict image, vector, reward, end, and its own next posterior
+    feat, action          <- from each of the N = T * B posterior states, H steps of prior and actor
+    reward, cont, value   <- heads and critic at the imagined states
+    ret                   <- lambda-return, backwards along the imagined steps
+    actor                 learns what leads to a higher return
+    critic                learns to predict the return; a slow copy of it follows
 
-Symbols (paper -> code)
-    x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
-    a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
-    gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
-    sg()  .detach()       Per(R, p)  torch.quantile   q(z|h,x)  post_*     p(z|h)  prior_*
+One step of the RSSM. Training and acting take the posterior, imagination takes the prior:
 
-Dimension key (time-major throughout; the trailing shape comments are checked by a test)
-    T  replay time   B  batch   H  imagination horizon   H1  H + 1   N = T * B  imagination starts
-    A  action   E  embedding   D  deterministic state   S, K  latent groups and classes per group
-    Z = S * K   F = D + Z  feature   U  hidden units   V  vector observation   I, I, C  image
-    L  buckets of the two-hot distributions   P  environments
+    h_{t-1} --------------------------.
+    z_{t-1} --.                       v
+    a_{t-1} --+--> img_in -------> [ GRU ] ------> h_t --+--> img_out --> prior     p(z_t | h_t)
+                                                         v
+    x_t ----------> encoder ------> embed -----------> obs_out ------> posterior q(z_t | h_t, x_t)
 
 Time alignment. A row of the replay buffer holds what is known when the action is chosen:
 
@@ -49,66 +38,181 @@ Time alignment. A row of the replay buffer holds what is known when the action i
     action           a0       a1       a2           zeros          | a0'      chosen AT x_t
 
     replay      (h,z)_{t-1}, a_{t-1} -> h_t;   h_t -> prior p(z_t|h_t);   h_t, x_t -> posterior
-                where is_first: (h,z)_{t-1} := learned initial state, a_{t-1} := 0
+                where is_first: (h,z)_{t-1} := the initial state, a_{t-1} := 0
                 world-model loss: [t=0 ... t=T-1], every replayed step
-    imagine     s_0 = a posterior state; a_t ~ actor(s_t); s_{t+1} ~ prior         t = 0 ... H
-                rewards   r_1 ... r_H      from the states 1 ... H
-                actor     [a_0 ... a_{H-1}]   each judged by R^lambda_t of its own state
-                critic    [v_0 ... v_{H-1}]   v_H only bootstraps, a_H is never taken
+    imagine     s_0 = a posterior state;   a_t ~ actor(s_t), s_{t+1} ~ prior       t = 0 ... H-1
+                critic    [v_0 ... v_{H-1}]   v_H only bootstraps
+                rewards   r_1 ... r_H  and flags  c_1 ... c_H  from the states 1 ... H
+                actor     [a_0 ... a_{H-1}]   each judged by R_t, the return of its own state
                 weights   w_t = gamma^t c_0 c_1 ... c_t     with c_0 the recorded 1 - is_terminal
+
+Symbols (paper -> code), and the sizes that the shape comments name, time-major
+    x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
+    a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
+    gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
+    sg()  .detach()       q(z|h,x)  post_*     p(z|h)  prior_*
+    Dimension key
+    T  replay time, 64     B  batch, 16     N = T * B  imagination starts, 1024     (size S, Atari)
+    H  imagination horizon, 15     H1  H + 1     A  action, 9     P  environments, 1
+    E  embedding, 4096     D  deterministic state, 512     S, K  latents and classes, 32 each
+    Z = S * K  stochastic state, 1024     F = D + Z  feature, 1536     U  hidden units, 512
+    L  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3
+    Equations of the paper: 1, 2 symlog; 3 RSSM; 4, 5 world_model_loss; 6 Actor and Critic;
+    7 lambda_return; 8 - 10 TwoHot, critic_loss; 11 actor_loss; 12 ReturnScale
+
+What changed since DreamerV2 (each tag stands where the change happens), and what it is good for.
+From the paper:
+    [V3-1]  symlog squashes vector inputs and targets, rewards and returns, Eq. 1-2. Else large
+            numbers drown the other losses; V2 squashed rewards by tanh, which hides large rewards.
+    [V3-2]  KL as dynamics (0.5) and representation (0.1) loss, free bits of 1 nat for each state,
+            Eq. 5. V2 needed another KL scale for each domain; without free bits codes collapse.
+    [V3-3]  1% uniform mixture in every categorical. Without it a KL or log-probability can explode.
+    [V3-4]  reward head and critic predict a two-hot distribution over 255 symlog buckets, Eq. 8-10.
+            A squared error follows rare large returns too slowly, or diverges.
+    [V3-5]  returns are divided by their 5-95 percentile range, if above 1, Eq. 11-12. Without it
+            the entropy scale must be tuned to the size of each task's rewards.
+    [V3-6]  targets and baseline come from the critic itself; its slow copy is an average over
+            updates that regularises it. V2 took both from a copy that is up to 100 updates old.
+    [V3-7]  the continue head predicts whether the episode goes on, without gamma in its target.
+    [V3-8]  SiLU and LayerNorm everywhere, no bias before a norm: one learning rate for all sizes.
+    [V3-9]  the output layers of reward head and critic start at zero. Random first returns would
+            teach the actor nonsense.
+    [V3-10] no weight decay, Adam's epsilon in the textbook form, other rates and clips.
+From the authors' code only:
+    [V3-11] learned initial state (V2: zeros).
+    [V3-12] 4x4 convolutions with "same" padding, down to 4x4 pixels; other initialisers.
+    [V3-13] squared errors of image and vector without the factor 1/2 of a normal distribution.
+    [V3-14] H terms in the actor's loss, an action is judged by the return of the state where it is
+            chosen (V2: H - 1, the state it leads to); a terminal start has weight zero.
+    [V3-15] continuous actions from a normal (V2: truncated), clipped for model and environment.
 
 Deviation (from the authors' code, danijar/dreamerv3 of June 2023)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
+    * bfloat16 where the hardware has it, by itself. Their Atari-100k setting computes in float32
+      (`--amp off`), their others in float16 with loss scaling. State and acting stay in float32.
     * The unused prior sample of the replay loop is not drawn.
-    * bfloat16 instead of float16 with loss scaling; the state that is carried and acting stay in
-      float32.
     * log1p(|x|) for ln(|x| + 1), and torch's variance in place of E[x^2] - E[x]^2: less rounding.
-    * The MLPs of vectors follow --size (theirs: --mlp-layers 5 --mlp-units 1024 in every preset).
     * The first update is due at --learning-starts (theirs: once B * T windows can be sampled).
-    * Evaluation samples by default as theirs does; --eval-mode takes the most likely action.
+    * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action.
+    * --size XXS is ours, for laptops; their vector networks are 5 x 1024 at any size.
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
 import math
-import mmap
-import shutil
-import sys
-from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import runs, video
-from common.cli import check_numbers, parse
-from common.envs import EnvConfig, EnvError, Envs, EnvSpec, EnvStep, default_action_repeat
-from common.loop import Progress, any_rank, finite
+from common.cli import check_numbers, fill, one_line_errors, parse
+from common.devices import (CudaGraph, Feeder, average_over_ranks, gather_ranks, on_device,
+                            use_bf16)
+from common.envs import EnvConfig, EnvSpec, default_action_repeat
+from common.files import UserError
 from common.maths import symexp, symlog
+from common.play import dream, evaluate, load_agent
+from common.rings import Rings
+from common.runs import Run
+from common.vector import Envs, EnvStep
 
-SCRIPT = "dreamer_v3"
+SCRIPT = Path(__file__).stem
 
 # ------------------------------------------------------------------------------------------- 2 Args
-SIZES = {  # paper, table B.1; XXS is ours, for laptops and tests
-    #           deter hidden units layers depth
-    "XXS": dict(deter=128, hidden=128, units=128, layers=1, depth=8),
-    "XS": dict(deter=256, hidden=256, units=256, layers=1, depth=24),
-    "S": dict(deter=512, hidden=512, units=512, layers=2, depth=32),
-    "M": dict(deter=1024, hidden=640, units=640, layers=3, depth=48),
-    "L": dict(deter=2048, hidden=768, units=768, layers=4, depth=64),
-    "XL": dict(deter=4096, hidden=1024, units=1024, layers=5, depth=96),
+PAPER = dict(  # table B.1
+    gamma=1 - 1 / 333, mlp_units=1024, mlp_layers=5, stoch=32, classes=32, bins=255,
+    batch_size=16, batch_length=64, train_ratio=1024.0, learning_starts=1024, pretrain=1,
+    model_lr=1e-4, model_eps=1e-8, actor_lr=3e-5, actor_eps=1e-5, critic_lr=3e-5, critic_eps=1e-5,
+    actor_entropy=3e-4, actor_min_std=0.1, beta_pred=1.0, buffer_size=1_000_000,
+    grayscale=False, eval_greedy=False)
+SIZES = {  # those of the paper; XXS is ours, for laptops and tests
+    "XXS": PAPER | dict(deter=128, hidden=128, units=128, layers=1, depth=8, mlp_units=128,
+                        mlp_layers=1),
+    "XS": PAPER | dict(deter=256, hidden=256, units=256, layers=1, depth=24),
+    "S": PAPER | dict(deter=512, hidden=512, units=512, layers=2, depth=32),
+    "M": PAPER | dict(deter=1024, hidden=640, units=640, layers=3, depth=48),
+    "L": PAPER | dict(deter=2048, hidden=768, units=768, layers=4, depth=64),
+    "XL": PAPER | dict(deter=4096, hidden=1024, units=1024, layers=5, depth=96),
 }
 
 
 @dataclass(frozen=True)
 class Args:
-    """Every setting and its only default. `(paper: x)` is the value of the paper's table."""
+    """Every setting. Defaults are the paper's, those of None are in the tables above."""
+
+    # The task (a resume keeps these)
+    env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
+    num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
+    action_repeat: int | None = None  # Times that an action is repeated (None: 4 on Atari, else 1)
+    grayscale: bool | None = None  # Images in shades of grey
+    pixels: bool = False  # Observe the rendered picture instead of what the environment gives
+    image_size: int = 64  # Images are resized to this height and width: a power of two, at least 8
+    clip_rewards: bool = False  # Learn from rewards clipped to [-1, 1]; returns stay as they are
+
+    # The length of a run, its episodes
+    total_timesteps: int = 100_000  # Decisions of the agent; frames = timesteps x action repeat
+    max_episode_steps: int = 0  # Time limit, not a terminal, in timesteps (0: environment's own)
+    noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
+    env_seed: int | None = None  # Seed of every episode of training (one level, one track)
+    max_env_restarts: int = 10  # Restarts of broken environments before the run stops
+    env_timeout: float = 60.0  # Seconds after which an environment process counts as hung
+
+    # The size (a resume keeps these)
+    size: Literal["XXS", "XS", "S", "M", "L", "XL"] = "S"  # Preset; XXS is for laptops
+    bins: int | None = None  # Two-hot buckets, on [-20, 20] in symlog space
+    deter: int | None = None  # GRU recurrent units, size of h_t
+    hidden: int | None = None  # Hidden units inside the RSSM
+    depth: int | None = None  # CNN multiplier: channels of the first stage
+    mlp_units: int | None = None  # Units of vector en- and decoder
+    mlp_layers: int | None = None  # Layers of vector en- and decoder
+    units: int | None = None  # Dense hidden units of the heads
+    layers: int | None = None  # MLP layers of the heads
+    stoch: int | None = None  # Number of latents that make up z_t
+    classes: int | None = None  # Classes of each of them
+
+    # The training: replay (a resume keeps these)
+    train_ratio: float | None = None  # Replayed timesteps per collected one
+    batch_size: int | None = None  # Sequences per batch, B
+    batch_length: int | None = None  # Timesteps per sequence, T
+    learning_starts: int | None = None  # Timesteps of uniformly random actions first
+    buffer_size: int | None = None  # Replay capacity in timesteps, first in, first out
+    pretrain: int | None = None  # Updates that are made at once when training begins
+
+    # The training: world model
+    model_lr: float | None = None  # Learning rate of the world model
+    model_eps: float | None = None  # Adam epsilon
+    model_clip: float = 1000.0  # Gradient clipping by global norm
+    unimix: float = 0.01  # Share of the uniform distribution in every categorical
+    beta_pred: float | None = None  # Scale of image, vector, reward and continue loss
+    beta_dyn: float = 0.5  # Scale of the dynamics loss
+    beta_rep: float = 0.1  # Scale of the representation loss
+    free_bits: float = 1.0  # Nats below which a KL loss is not pushed any further
+
+    # The training: actor and critic
+    imag_horizon: int = 15  # Imagination horizon, H
+    gamma: float | None = None  # Discount factor
+    return_lambda: float = 0.95  # Return lambda
+    actor_min_std: float | None = None  # Smallest deviation of a continuous action
+    actor_lr: float | None = None  # Learning rate of the actor
+    actor_eps: float | None = None  # Adam epsilon of the actor
+    actor_clip: float = 100.0  # Gradient clipping of the actor
+    critic_lr: float | None = None  # Learning rate of the critic
+    critic_eps: float | None = None  # Adam epsilon of the critic
+    critic_clip: float = 100.0  # Gradient clipping of the critic
+    actor_entropy: float | None = None  # eta, scale of the entropy bonus
+    actor_grad: Literal["auto", "reinforce", "dynamics"] = "auto"  # auto: reinforce if discrete
+    actor_max_std: float = 1.0  # Largest deviation of a continuous action
+    critic_ema_decay: float = 0.98  # Decay of the slow critic
+    critic_ema_regularizer: float = 1.0  # Scale of the loss towards the slow critic
+    return_norm_low: float = 5.0  # Lower end of the return range, a percentile
+    return_norm_high: float = 95.0  # Upper end of the return range, a percentile
+    return_norm_limit: float = 1.0  # L, smaller return ranges are not scaled up
+    return_norm_decay: float = 0.99  # Decay of the return range
 
     # The run
     exp_name: str = SCRIPT  # Name of this experiment, part of the run directory's name
@@ -116,133 +220,60 @@ class Args:
     torch_deterministic: bool = True  # Ask cuDNN for deterministic kernels
     cuda: bool = True  # Use the GPU if there is one
     threads: int = 0  # CPU threads of torch (0: its own choice); 1 is best for tiny networks
+    amp: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto: where native, from 256 units on
+    compile: bool = False  # torch.compile the networks
+    cuda_graph: bool = False  # On a GPU: launch each update as one CUDA graph
     track: bool = False  # Also log to Weights & Biases
     wandb_project_name: str = "dreamer"  # Project name there
+    wandb_entity: str | None = None  # Team name there
     capture_video: bool = False  # Write episodes of the first environment to RUN_DIR/videos
     runs_dir: str = "runs"  # Where run directories are made
     log_every: int = 250  # Timesteps between two points of the training curves
     video_every: int = 10_000  # Timesteps between two open-loop videos in TensorBoard (0: none)
-    checkpoint_every: int = 5_000  # Timesteps between checkpoints; Ctrl-C and TERM write one too
-    compile: bool = False  # torch.compile the networks; on a GPU also make updates a CUDA graph
-    amp: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto: where native, from 256 units on
+    checkpoint_every: int = 5_000  # Timesteps between checkpoints, at most 10 minutes of time
 
-    # Instead of a new run
+    # Instead of a new run (a resume keeps --offline)
     resume: str = ""  # Run directory to go on with, exactly where it stopped
     evaluate: str = ""  # Run directory whose agent plays fresh episodes; prints every return
     dream: str = ""  # Run directory whose agent's dreams go to RUN_DIR/videos as GIF and PNG
     offline: str = ""  # Run directory whose replay is trained on; no environment step is taken
     eval_episodes: int = 10  # Episodes of --evaluate
-    eval_mode: bool = False  # Evaluate and dream with the most likely actions, not sampled ones
-    eval_env_seed: int | None = None  # Seed of every episode of --evaluate and --dream (one track)
+    eval_greedy: bool | None = None  # Evaluate and dream with the most likely actions
+    eval_env_seed: tuple[int, ...] = ()  # Seeds of the levels that --evaluate and --dream play
     dream_context: int = 5  # Frames that the agent sees before it dreams on alone
     dream_horizon: int = 45  # Frames of pure imagination
 
-    # Environment
-    env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
-    env_seed: int | None = None  # Seed of every episode of training (one level, one track)
-    total_timesteps: int = 100_000  # Decisions of the agent; frames = timesteps x action repeat
-    num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
-    action_repeat: int = 0  # Times that an action is repeated (0: 4 on Atari, else 1)
-    max_episode_steps: int = 0  # Time limit, not a terminal, in timesteps (0: environment's own)
-    image_size: int = 64  # Images are resized to this height and width: a power of two, at least 8
-    grayscale: bool = False  # Images in shades of grey
-    clip_rewards: bool = False  # Learn from rewards clipped to [-1, 1]; returns stay as they are
-    noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
-    max_env_restarts: int = 10  # Restarts of broken environments before the run gives up
-    env_timeout: float = 60.0  # Seconds after which an environment process counts as hung
-
-    # Model size
-    size: Literal["XXS", "XS", "S", "M", "L", "XL"] = "S"  # Sets the next five fields
-    deter: int | None = None  # GRU recurrent units, size of h_t (paper, S: 512)
-    hidden: int | None = None  # Hidden units inside the RSSM (paper, S: 512)
-    units: int | None = None  # Dense hidden units of encoder, decoder and heads (paper, S: 512)
-    layers: int | None = None  # MLP layers of encoder, decoder and heads (paper, S: 2)
-    depth: int | None = None  # CNN multiplier: channels of the first stage (paper, S: 32)
-    mlp_units: int | None = None  # Units of vector en- and decoder (None: --units; authors: 1024)
-    mlp_layers: int | None = None  # Layers of vector en- and decoder (None: --layers; authors: 5)
-    stoch: int = 32  # Number of latents z_t (paper: 32)
-    classes: int = 32  # Classes per latent (paper: 32)
-    bins: int = 255  # Two-hot buckets, on [-20, 20] in symlog space (paper: 255)
-
-    # Replay
-    train_ratio: float = 1024  # Replayed timesteps per collected one (paper, Atari 100k: 1024)
-    batch_size: int = 16  # Sequences per batch, B (paper: 16)
-    batch_length: int = 64  # Timesteps per sequence, T (paper: 64)
-    buffer_size: int = 1_000_000  # Replay capacity in timesteps, first in, first out (paper: 1e6)
-    learning_starts: int = 1024  # Timesteps of uniformly random actions before the first update
-
-    # World model
-    unimix: float = 0.01  # Share of the uniform distribution in every categorical (paper: 0.01)
-    beta_pred: float = 1.0  # beta_pred, scale of image, vector, reward and continue loss (paper: 1)
-    beta_dyn: float = 0.5  # beta_dyn, scale of the dynamics loss (paper: 0.5)
-    beta_rep: float = 0.1  # beta_rep, scale of the representation loss (paper: 0.1)
-    free_bits: float = 1.0  # Nats below which a KL loss is not pushed any further (paper: 1)
-    model_lr: float = 1e-4  # Learning rate (paper: 1e-4)
-    model_eps: float = 1e-8  # Adam epsilon (paper: 1e-8)
-    model_clip: float = 1000.0  # Gradient clipping by global norm (paper: 1000)
-
-    # Actor and critic
-    horizon: int = 15  # Imagination horizon, H (paper: 15)
-    discount_horizon: float = 333.0  # 1 / (1 - gamma) (paper: 333)
-    return_lambda: float = 0.95  # Return lambda (paper: 0.95)
-    critic_ema_decay: float = 0.98  # Decay of the slow critic (paper: 0.98)
-    critic_ema_regularizer: float = 1.0  # Scale of the loss towards the slow critic (paper: 1)
-    return_norm_low: float = 0.05  # Lower end of the return range (paper: 5th percentile)
-    return_norm_high: float = 0.95  # Upper end of the return range (paper: 95th percentile)
-    return_norm_limit: float = 1.0  # L, smaller return ranges are not scaled up (paper: 1)
-    return_norm_decay: float = 0.99  # Decay of the return range (paper: 0.99)
-    actor_entropy: float = 3e-4  # eta, scale of the entropy bonus (paper: 3e-4)
-    actor_min_std: float = 0.1  # Smallest deviation of a continuous action (authors' code: 0.1)
-    actor_max_std: float = 1.0  # Largest deviation of a continuous action (authors' code: 1.0)
-    actor_lr: float = 3e-5  # Learning rate of the actor (paper: 3e-5)
-    critic_lr: float = 3e-5  # Learning rate of the critic (paper: 3e-5)
-    actor_eps: float = 1e-5  # Adam epsilon of the actor (paper: 1e-5)
-    critic_eps: float = 1e-5  # Adam epsilon of the critic (paper: 1e-5)
-    actor_clip: float = 100.0  # Gradient clipping of the actor (paper: 100)
-    critic_clip: float = 100.0  # Gradient clipping of the critic (paper: 100)
-
     def __post_init__(self) -> None:
         """Fill in what follows from --size and --env-id, then refuse what cannot work."""
-        derived = SIZES[self.size] | {"action_repeat": default_action_repeat(self.env_id)}
-        derived |= {"mlp_units": self.units or derived["units"],
-                    "mlp_layers": self.layers or derived["layers"]}
-        for name, value in derived.items():
-            if not getattr(self, name):
-                object.__setattr__(self, name, value)
+        fill(self, SIZES[self.size] | {"action_repeat": default_action_repeat(self.env_id)})
         self.check()
 
     def check(self) -> None:
-        """Raise `runs.UserError`, one line, for a value that cannot work."""
+        """Raise `UserError`, one line, for a value that cannot work."""
         check_numbers(self, may_be_zero={
-            "seed", "env_seed", "eval_env_seed", "threads", "video_every", "max_episode_steps",
-            "noop_max", "unimix", "beta_pred", "beta_dyn", "beta_rep", "free_bits", "return_lambda",
-            "learning_starts", "max_env_restarts", "critic_ema_decay", "critic_ema_regularizer",
-            "actor_entropy", "return_norm_low", "return_norm_decay"})
-        if self.discount_horizon <= 1:
-            raise runs.UserError(f"--discount-horizon is {self.discount_horizon}; it must be above "
-                                 "1 timestep.")
+            "seed", "env_seed", "threads", "video_every", "max_episode_steps", "noop_max",
+            "learning_starts", "max_env_restarts", "return_lambda", "actor_entropy",
+            "unimix", "beta_pred", "beta_dyn", "beta_rep", "free_bits", "critic_ema_decay",
+            "critic_ema_regularizer", "return_norm_low", "return_norm_decay"}, shares={
+            "unimix": 1, "critic_ema_decay": 1, "return_norm_decay": 1, "return_norm_low": 100,
+            "return_norm_high": 100, "gamma": 1, "return_lambda": 1})
         if self.bins < 2:
-            raise runs.UserError("--bins is 1; a number lies between two of them.")
-        for name in ("unimix", "return_lambda", "critic_ema_decay", "return_norm_low",
-                     "return_norm_high", "return_norm_decay"):
-            if getattr(self, name) > 1:
-                raise runs.UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it is "
-                                     "a share, at most 1.")
-        if self.batch_length < 2:
-            raise runs.UserError("--batch-length is 1; a sequence has at least 2 timesteps.")
+            raise UserError("--bins is 1; a number lies between two of them.")
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
-            raise runs.UserError(f"--image-size is {self.image_size}; use 8, 16, 32, 64, 128, ...")
+            raise UserError(f"--image-size is {self.image_size}; use 8, 16, 32, 64, 128, ...")
+        if self.batch_length < 2:
+            raise UserError("--batch-length is 1; a sequence has at least 2 timesteps.")
         training = not (self.evaluate or self.dream or self.offline)
         if training and self.batch_length > self.capacity:
             limit = "buffer-size" if self.buffer_size < self.total_timesteps else "total-timesteps"
-            raise runs.UserError(
-                f"--batch-length {self.batch_length} is longer than the replay buffer of one "
-                f"environment ({self.capacity} timesteps): lower it, or raise --{limit}.")
+            raise UserError(f"--batch-length {self.batch_length} is longer than the replay buffer "
+                            f"of one environment ({self.capacity} timesteps): lower it, or raise "
+                            f"--{limit}.")
 
     @property
-    def gamma(self) -> float:
-        """Discount factor, 1 - 1/333 by default."""
-        return 1 - 1 / self.discount_horizon
+    def stoch_dim(self) -> int:
+        """Size of the flat stochastic state, Z."""
+        return self.stoch * self.classes
 
     @property
     def capacity(self) -> int:
@@ -254,7 +285,7 @@ class Args:
         """What it takes to build one environment."""
         return EnvConfig(self.env_id, self.image_size, self.grayscale, self.action_repeat,
                          self.max_episode_steps, self.noop_max, self.clip_rewards,
-                         render=self.capture_video)
+                         render=self.capture_video, pixels=self.pixels)
 
 
 # ---------------------------------------------------------------------------------- 3 replay buffer
@@ -263,129 +294,71 @@ class Batch(NamedTuple):
 
     image: Tensor | None  # (T, B, I, I, C) uint8
     vector: Tensor | None  # (T, B, V) float32
-    action: Tensor  # (T, B, A) float32, chosen at this observation [V3-10]
+    action: Tensor  # (T, B, A) float32, chosen at this observation
     reward: Tensor  # (T, B) float32, received with this observation
     is_first: Tensor  # (T, B) bool
     is_terminal: Tensor  # (T, B) bool
 
 
 class ReplayBuffer:
-    """One ring of rows per environment: memory-mapped `.npy` files that outlive the process.
+    """One ring of rows per environment, in memory-mapped files that outlive the process.
 
-    Rows are numbered from the start of the run; row i lies in slot i % capacity. All environments
-    advance together, so one `count` of complete rows serves all rings. A window of consecutive
-    rows may be sampled if all of them lie in [oldest, count): it can cross the end of an episode
-    (is_first marks the seam) but never the write position.
-
-    What makes a resume exact: `count` comes from the checkpoint, while the rows that the killed
-    process wrote after it have already replaced the oldest ones. `rows.npy` = [begun, complete]
-    lies beside the rings; `begun` never goes back, so no row is taken for the one it replaced.
+    Rows are numbered from the start of the run. A window of consecutive rows may be sampled if all
+    of them are still there: it can cross the end of an episode (is_first marks the seam) but never
+    the write position.
     """
 
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int,
                  writable: bool = True):
-        """Open the rings in `folder`, or make them. Raises `runs.UserError` if the disk is full
-        or if the files are those of another environment or of other settings."""
-        self.capacity, self.num_envs = capacity, num_envs
-        self.rng = np.random.default_rng(seed)
+        """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
+        the files are those of another environment or of other settings."""
         layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
                   "is_first": (np.bool_, ()), "is_terminal": (np.bool_, ())}
         if spec.image_shape:
             layout["image"] = (np.uint8, spec.image_shape)
         if spec.vector_dim:
             layout["vector"] = (np.float32, (spec.vector_dim,))
-        self.rings = {
-            name: runs.open_array(folder / f"{name}.npy", dtype, (num_envs, capacity, *shape),
-                                  writable)
-            for name, (dtype, shape) in layout.items()}
-        self.rows = runs.open_array(folder / "rows.npy", np.int64, (2,), writable)
-        self.count = int(self.rows[1])
-        self.gibibytes = sum(ring.nbytes for ring in self.rings.values()) / 2**30
-
-    @property
-    def oldest(self) -> int:
-        """The oldest row that is still whole."""
-        return max(0, int(self.rows[0]) - self.capacity)
+        self.rings = Rings(folder, layout, capacity, num_envs, writable)
+        self.rng = np.random.default_rng(seed)
 
     def windows(self, length: int) -> int:
         """Number of valid starts of a window of `length` rows in one ring."""
-        return max(0, self.count - self.oldest - length + 1)
+        return max(0, self.rings.count - self.rings.oldest - length + 1)
 
-    def add(self, step: EnvStep, action: np.ndarray) -> None:
-        """Append one row per environment: `step` and the action (P, A) chosen at it."""
-        self.rows[0] = max(self.rows[0], self.count + 1)  # before the row is touched
-        row = step._asdict() | {"action": action}
-        for name, ring in self.rings.items():
-            ring[:, self.count % self.capacity] = row[name]
-        self.count += 1
-        self.rows[1] = self.count
+    def add(self, obs: EnvStep, action: np.ndarray) -> None:
+        """Append one row per environment: `obs` and the action (P, A) chosen at it."""
+        self.rings.append(obs._asdict() | {"action": action})
 
     def sample(self, batch_size: int, length: int, rng: np.random.Generator) -> Batch:
         """Draw windows, uniformly over all valid starts, as a time-major `Batch` on the CPU."""
-        env = rng.integers(self.num_envs, size=batch_size)
-        start = self.oldest + rng.integers(self.windows(length), size=batch_size)
-        slot = (start + np.arange(length)[:, None]) % self.capacity
-        arrays = {name: torch.from_numpy(ring[env, slot]) for name, ring in self.rings.items()}
-        arrays["is_first"][0] = True  # the state before a window is unknown: start it afresh
-        return Batch(arrays.pop("image", None), arrays.pop("vector", None), **arrays)
-
-    def flush(self) -> None:
-        """Write to disk and drop the pages from this process, so that its memory stays flat."""
-        for array in (*self.rings.values(), self.rows):
-            if array.flags.writeable:
-                array.flush()
-            if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-                array._mmap.madvise(mmap.MADV_DONTNEED)
+        env = rng.integers(self.rings.num_envs, size=batch_size)
+        start = self.rings.oldest + rng.integers(self.windows(length), size=batch_size)
+        rows = self.rings.read(env, start + np.arange(length)[:, None])
+        rows["is_first"][0] = True  # the state before a window is unknown: start it afresh
+        return to_batch(rows)
 
     def state_dict(self) -> dict:
         """What the checkpoint must hold to make sense of the files."""
-        return {"count": self.count, "rng": self.rng.bit_generator.state}
+        return {"count": self.rings.count, "rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state: dict) -> None:
         """Go back to a checkpoint: later rows are forgotten, and so are those they replaced."""
-        if self.rows[0] < state["count"]:
-            raise runs.UserError("the replay files are older than the checkpoint; restore both "
-                                 "from the same copy of the run directory.")
-        self.count, self.rng.bit_generator.state = state["count"], state["rng"]
+        self.rings.roll_back(state["count"])
+        self.rng.bit_generator.state = state["rng"]
 
 
-class Feeder:
-    """Batches for the device. On a GPU the next one is sampled, and copied in a stream of its own,
-    while an update runs."""
-
-    def __init__(self, replay: ReplayBuffer, device: torch.device, batch_size: int, length: int):
-        self.replay, self.device, self.shape = replay, device, (batch_size, length)
-        self.waiting = None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def next(self) -> Batch:
-        """The batch that was prepared, or a fresh one."""
-        batch, self.waiting = self.waiting or self.draw(), None
-        if self.stream:  # the update, and whoever gets this memory after it, come after the copy
-            update = torch.cuda.current_stream(self.device)
-            update.wait_stream(self.stream)
-            for tensor in filter(torch.is_tensor, batch):
-                tensor.record_stream(update)
-        return batch
-
-    def prepare(self) -> None:
-        """Draw the next batch ahead. On a CPU there would be nothing to overlap it with."""
-        if self.stream:
-            self.waiting = self.draw()
-
-    def draw(self) -> Batch:
-        """Sample and copy; on a GPU this returns before the copy is done."""
-        batch = self.replay.sample(*self.shape, self.replay.rng)
-        with torch.cuda.stream(self.stream):  # on a CPU this does nothing
-            return Batch(*(on_device(tensor, self.device) for tensor in batch))
+def to_batch(rows: dict[str, np.ndarray]) -> Batch:
+    """Arrays (T, B, ...) by the names of `Batch` -> tensors on the CPU that share their memory."""
+    tensors = {name: torch.from_numpy(array) for name, array in rows.items()}
+    return Batch(tensors.pop("image", None), tensors.pop("vector", None), **tensors)
 
 
-def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """Copy from the CPU, to a GPU through pinned memory: without it the copy would be waited for,
-    and so would everything that the GPU was told to do before."""
-    if tensor is None or device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+def previous_actions(batch: Batch, action_before: Tensor) -> Tensor:
+    """The action (T, B, A) that led to each observation; `action_before` (B, A) led to the first.
+
+    Rows hold the action chosen *at* an observation. The RSSM wants the one before it.
+    """
+    return torch.cat([action_before[None], batch.action[:-1]])
 
 
 # ------------------------------------------------------------------------ 4 maths and distributions
@@ -404,16 +377,42 @@ def draw_noise(mean: Tensor) -> Tensor:
     return torch.randn_like(mean)
 
 
-class OneHot:
-    """One-hot categorical over the last dimension, mixed with a uniform distribution.
+class Gaussian:
+    """Diagonal normal over the last dimension."""
 
-    p = (1 - unimix) softmax(raw) + unimix / K  [V3-3], paper section "World Model Learning".
-    """
+    def __init__(self, mean: Tensor, std: Tensor):
+        """`mean`, `std`: (..., A)."""
+        self.mean, self.std = mean, std
+
+    def noise(self) -> Tensor:
+        """Standard normal noise (..., A)."""
+        return draw_noise(self.mean)
+
+    def sample(self) -> Tensor:
+        """Reparameterised sample (..., A)."""
+        return self.mean + self.std * self.noise()
+
+    def mode(self) -> Tensor:
+        """The mean (..., A)."""
+        return self.mean
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density (...), summed over A."""
+        nats = -0.5 * ((value - self.mean) / self.std).square() - self.std.log()
+        return (nats - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy (...) in nats, summed over A."""
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+class OneHot:
+    """One-hot categorical over the last dimension."""
 
     def __init__(self, raw: Tensor, unimix: float):
-        """`raw`: unnormalised logits (..., K) of any precision; everything here is in float32."""
-        self.raw, self.unimix = raw.float(), unimix
-        self.probs = self.raw.softmax(-1) * (1 - unimix) + unimix / raw.shape[-1]
+        """`raw`: logits (..., K) of any precision; p = (1 - unimix) softmax(raw) + unimix / K."""
+        self.raw, self.unimix = raw.float(), unimix  # everything here is in float32
+        self.probs = self.raw.softmax(-1) * (1 - unimix) + unimix / raw.shape[-1]  # [V3-3]
 
     @cached_property
     def logits(self) -> Tensor:
@@ -431,45 +430,67 @@ class OneHot:
         return F.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).float()
 
     def log_prob(self, onehot: Tensor) -> Tensor:
-        """Log-probability (...) of `onehot` (..., K)."""
-        return (onehot * self.logits).sum(-1)
+        """Log-probability (...) of `onehot` (..., K), which gets no gradient."""
+        return (onehot.detach() * self.logits).sum(-1)
 
     def entropy(self) -> Tensor:
         """Entropy (...) in nats."""
         return -(self.probs * self.logits).sum(-1)
 
 
-class Gaussian:
-    """Diagonal normal over the last dimension, for continuous actions; neither squashed nor cut."""
+class Latent(OneHot):
+    """The stochastic state z_t: S independent one-hot categoricals, side by side, (Z,). [V2-1]"""
 
-    def __init__(self, mean: Tensor, std: Tensor):
-        """`mean`, `std`: (..., A)."""
-        self.mean, self.std = mean, std
+    def __init__(self, raw: Tensor, groups: int, unimix: float):
+        """`raw`: unnormalised logits (..., Z), to be mixed."""
+        super().__init__(raw.unflatten(-1, (groups, -1)), unimix)
 
     def sample(self) -> Tensor:
-        """Reparameterised sample (..., A)."""
-        return self.mean + self.std * draw_noise(self.mean)
+        """Straight-through sample (..., Z)."""
+        return super().sample().flatten(-2)
 
     def mode(self) -> Tensor:
-        """The mean (..., A)."""
-        return self.mean
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density (...), summed over A."""
-        nats = -0.5 * ((value - self.mean) / self.std).square() - self.std.log()
-        return (nats - 0.5 * math.log(2 * math.pi)).sum(-1)
+        """The most likely classes (..., Z), without gradient."""
+        return super().mode().flatten(-2)
 
     def entropy(self) -> Tensor:
-        """Entropy (...) in nats, summed over A."""
-        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        """Entropy (...) in nats, summed over S."""
+        return super().entropy().sum(-1)
+
+    def kl(self, other: "Latent") -> Tensor:
+        """KL[self || other] (...) in nats, summed over S."""
+        return (self.probs * (self.logits - other.logits)).sum((-2, -1))
+
+    def detach(self) -> "Latent":
+        """The same distribution, without gradient."""
+        twin = object.__new__(Latent)
+        twin.probs, twin.logits = self.probs.detach(), self.logits.detach()
+        return twin
+
+
+class Bernoulli:
+    """Distribution of a flag: does the episode go on?"""
+
+    def __init__(self, logit: Tensor):
+        """`logit` (...) of the flag being 1."""
+        self.logit = logit
+
+    def mode(self) -> Tensor:
+        """1 where the flag is more likely than not, else 0 (...), without gradient. [V3-7]"""
+        return (self.logit > 0).float()
+
+    def log_prob(self, flag: Tensor) -> Tensor:
+        """Log-probability (...) of `flag` (...), or cross-entropy where it is a probability."""
+        return -F.binary_cross_entropy_with_logits(self.logit, flag, reduction="none")
 
 
 class TwoHot:
     """Distribution of a number over buckets that are evenly spaced in symlog space. [V3-4]"""
 
-    def __init__(self, logits: Tensor, buckets: Tensor):
-        """`logits` (..., L); `buckets` (L,), their positions in symlog space."""
-        self.logits, self.buckets = logits.float(), buckets
+    def __init__(self, logits: Tensor):
+        """`logits` (..., L), one for each bucket between symlog values -20 and 20."""
+        self.logits = logits
+        self.buckets = torch.linspace(-20, 20, logits.shape[-1], device=logits.device)
 
     @cached_property
     def normaliser(self) -> Tensor:
@@ -478,7 +499,8 @@ class TwoHot:
 
     def mean(self) -> Tensor:
         """symexp(sum_i p_i b_i) (...): the mean is taken in symlog space, then transformed."""
-        return symexp(self.logits.softmax(-1) @ self.buckets)
+        with torch.autocast(self.logits.device.type, enabled=False):  # a product in float32
+            return symexp(self.logits.softmax(-1) @ self.buckets)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """sum_i twohot(symlog(value))_i ln p_i (...), Eq. 9-10.
@@ -491,28 +513,41 @@ class TwoHot:
         above = torch.searchsorted(self.buckets, target, right=True).clamp(max=last)
         below = above - 1
         low, high = self.buckets[below], self.buckets[above]
-        share = (target - low) / (high - low)
+        weight_above = (target - low) / (high - low)
         pair = self.logits.gather(-1, torch.stack([below, above], -1))
-        return pair[..., 0].lerp(pair[..., 1], share) - self.normaliser
+        return pair[..., 0].lerp(pair[..., 1], weight_above) - self.normaliser
+
+    def __getitem__(self, steps: slice) -> "TwoHot":
+        """The distributions of some of the steps, the first dimension."""
+        return TwoHot(self.logits[steps])
+
+
+def within_unit(action: Tensor) -> Tensor:
+    """a / max(1, |a|): the value of clipping to [-1, 1], with gradient 1 / max(1, |a|). [V3-15]
+
+    From the authors' code: the actor's normal has no bounds, but the model must see actions as the
+    environment does, and an actor outside of the bounds must still be pulled back.
+    """
+    return action / action.detach().abs().clamp(min=1)
 
 
 # ------------------------------------------------------------------------ 5 encoder, decoder, heads
-def init_hidden(weight: Tensor) -> None:
-    """Truncated normal whose variance is 1 / average fan (Xavier), cut at two sigma.
+def init_hidden(layer: nn.Module) -> None:
+    """Truncated normal whose variance is 1 / average fan (Xavier), cut at two sigma. [V3-12]
 
     From the authors' code: 0.8796 is the standard deviation that is left after the cut.
     """
-    std = math.sqrt(1 / average_fan(weight)) / 0.87962566103423978
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+    std = math.sqrt(1 / average_fan(layer.weight)) / 0.87962566103423978
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
 
 
-def init_output(layer: nn.Module, scale: float = 1.0) -> None:
-    """Uniform with variance scale / average fan, bias 0; from the authors' code.
+def init_output(layer: nn.Module) -> None:
+    """Uniform with variance 1 / average fan, bias 0; from the authors' code. [V3-12]
 
-    For every layer without a norm: heads (reward and critic with scale 0 [V3-9]), the statistics of
-    prior and posterior, and the first and the last layer of the decoder.
+    For every layer without a norm: heads, the statistics of prior and posterior, and the first and
+    the last layer of the decoder.
     """
-    limit = math.sqrt(3 * scale / average_fan(layer.weight))
+    limit = math.sqrt(3 / average_fan(layer.weight))
     nn.init.uniform_(layer.weight, -limit, limit)
     nn.init.zeros_(layer.bias)
 
@@ -522,22 +557,66 @@ def average_fan(weight: Tensor) -> float:
     return (weight.shape[0] + weight.shape[1]) / 2 * weight[0, 0].numel()
 
 
-class Dense(nn.Module):
-    """Linear without bias -> LayerNorm -> SiLU, the hidden layer of every network. [V3-9]"""
+class Norm(nn.LayerNorm):
+    """LayerNorm over the last dimension, in float32; the result has the type of the input."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same shape and type."""
+        return super().forward(x).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """Linear layer with our initialisation."""
+
+    def reset_parameters(self) -> None:
+        """Initialise, in the constructor."""
+        init_output(self)
+
+
+class Dense(Linear):
+    """Linear without bias -> LayerNorm -> SiLU, the hidden layer of every network. [V3-8]"""
 
     def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.norm = nn.LayerNorm(outputs, eps=1e-3)
-        init_hidden(self.weight)
+        super().__init__(inputs, outputs, bias=False)
+        self.norm = Norm(outputs)
+
+    def reset_parameters(self) -> None:
+        """Initialise, in the constructor."""
+        init_hidden(self)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What follows the product (..., outputs)."""
+        return F.silu(self.norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return self.activate(F.linear(x, self.weight))
+        return self.activate(super().forward(x))
 
-    def activate(self, x: Tensor) -> Tensor:
-        """Norm in float32, SiLU in the type of the products (authors' code; S in bf16 -0.17 GB)."""
-        return F.silu(self.norm(x).to(x.dtype))
+
+class SplitDense(Dense):
+    """Dense layer of a concatenation [a, b]: its product is a sum of two, W [a, b] = V a + U b.
+
+    Where b is known for all timesteps in advance, `project` computes U b for all of them at once,
+    and only V a is left for the loop over time.
+    """
+
+    def __init__(self, inputs_a: int, inputs_b: int, outputs: int):
+        super().__init__(inputs_a + inputs_b, outputs)
+        weight_a, weight_b = self.weight.detach().split([inputs_a, inputs_b], 1)
+        del self.weight
+        self.weight_a = nn.Parameter(weight_a.clone())
+        self.weight_b = nn.Parameter(weight_b.clone())
+
+    def project(self, b: Tensor) -> Tensor:
+        """(..., inputs_b) -> U b, and the bias if there is one (..., outputs)."""
+        return F.linear(b, self.weight_b, self.bias)
+
+    def forward(self, a: Tensor, projected_b: Tensor) -> Tensor:
+        """(..., inputs_a) and `project`'s output -> (..., outputs)."""
+        return self.activate(F.linear(a, self.weight_a) + projected_b)
 
 
 class MLP(nn.Sequential):
@@ -547,20 +626,34 @@ class MLP(nn.Sequential):
         super().__init__(*(Dense(units if i else inputs, units) for i in range(layers)))
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of an image batch, at each pixel for itself.
+class Head(nn.Module):
+    """MLP and an output layer: features -> the parameters of a distribution, in float32."""
+
+    def __init__(self, inputs: int, units: int, layers: int, outputs: int):
+        super().__init__()
+        self.mlp, self.out = MLP(inputs, units, layers), Linear(units, outputs)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return self.out(self.mlp(feat)).float()
+
+
+class ChannelNorm(Norm):
+    """Norm over the channels of an image batch, at each pixel for itself.
 
     The images are channels-last in memory, so both permutations are free.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> the same shape and type; the norm itself is in float32."""
-        dtype, x = x.dtype, x.permute(0, 2, 3, 1)
-        if x.shape[-1] < 8 and not x.is_cuda:  # torch's kernel goes row by row: tiny networks -11%
-            x = x.float() - x.float().mean(-1, keepdim=True)
-            x = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-            return torch.addcmul(self.bias, x, self.weight).to(dtype).permute(0, 3, 1, 2)
-        return super().forward(x).to(dtype).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)
+        if x.shape[-1] < 8 and not x.is_cuda:  # torch's kernel goes row by row: slow if short
+            centred = x.float() - x.float().mean(-1, keepdim=True)
+            scaled = centred * (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+            normed = torch.addcmul(self.bias, scaled, self.weight).to(x.dtype)
+        else:
+            normed = super().forward(x)
+        return normed.permute(0, 3, 1, 2)
 
 
 def centre(image: Tensor | None) -> Tensor | None:
@@ -575,13 +668,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed_dim = 0
         if spec.image_shape:
+            self.cnn = nn.Sequential()
             stages = int(math.log2(args.image_size // 4))  # each halves the image, down to 4 x 4
             widths = [spec.image_shape[-1]] + [args.depth * 2**i for i in range(stages)]
-            self.cnn = nn.Sequential()
-            for inputs, outputs in zip(widths, widths[1:]):
+            for inputs, outputs in zip(widths, widths[1:]):  # [V3-12]
                 conv = nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
-                init_hidden(conv.weight)
-                self.cnn.extend([conv, ChannelNorm(outputs, eps=1e-3), nn.SiLU()])
+                init_hidden(conv)
+                self.cnn.extend([conv, ChannelNorm(outputs), nn.SiLU()])
             self.embed_dim += 4 * 4 * widths[-1]
         if spec.vector_dim:
             self.mlp = MLP(spec.vector_dim, args.mlp_units, args.mlp_layers)
@@ -606,61 +699,28 @@ class Decoder(nn.Module):
     def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
         super().__init__()
         if spec.image_shape:
+            self.cnn, self.start = nn.Sequential(), 4  # from 4 x 4 pixels
             stages = int(math.log2(args.image_size // 4))
             widths = [args.depth * 2**i for i in reversed(range(stages))] + [spec.image_shape[-1]]
-            self.cnn_in = nn.Linear(feat_dim, 4 * 4 * widths[0])
-            init_output(self.cnn_in)
-            self.cnn = nn.Sequential()
-            for inputs, outputs in zip(widths, widths[1:]):
-                last = len(self.cnn) == 3 * (stages - 1)
-                conv = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=last)
-                init_output(conv) if last else init_hidden(conv.weight)
-                self.cnn.append(conv)
-                if not last:
-                    self.cnn.extend([ChannelNorm(outputs, eps=1e-3), nn.SiLU()])
+            for inputs, outputs in zip(widths[:-1], widths[1:-1]):  # [V3-12]
+                conv = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
+                init_hidden(conv)
+                self.cnn.extend([conv, ChannelNorm(outputs), nn.SiLU()])
+            self.cnn.append(nn.ConvTranspose2d(widths[-2], widths[-1], 4, stride=2, padding=1))
+            init_output(self.cnn[-1])
+            self.cnn_in = Linear(feat_dim, self.start**2 * widths[0])
         if spec.vector_dim:
-            self.mlp = MLP(feat_dim, args.mlp_units, args.mlp_layers)
-            self.vector_out = nn.Linear(args.mlp_units, spec.vector_dim)
-            init_output(self.vector_out)
+            self.vector_head = Head(feat_dim, args.mlp_units, args.mlp_layers, spec.vector_dim)
 
     def image(self, feat: Tensor) -> Tensor:
         """(T, B, F) -> mean image (T, B, I, I, C), in float32, [-0.5, 0.5] where it is right."""
-        seed = self.cnn_in(feat).reshape(-1, 4, 4, self.cnn[0].in_channels).permute(0, 3, 1, 2)
-        pixels = self.cnn(seed).permute(0, 2, 3, 1)
+        seed = self.cnn_in(feat).reshape(-1, self.start, self.start, self.cnn[0].in_channels)
+        pixels = self.cnn(seed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:]).float()
 
     def vector(self, feat: Tensor) -> Tensor:
-        """(T, B, F) -> vector (T, B, V) in symlog space, in float32. [V3-1]"""
-        return self.vector_out(self.mlp(feat)).float()
-
-
-class ContinueHead(nn.Module):
-    """Feature -> logit of "the episode goes on". [V3-7]"""
-
-    def __init__(self, args: Args, feat_dim: int):
-        super().__init__()
-        self.mlp = MLP(feat_dim, args.units, args.layers)
-        self.out = nn.Linear(args.units, 1)
-        init_output(self.out)
-
-    def forward(self, feat: Tensor) -> Tensor:
-        """(..., F) -> logit (...), in float32."""
-        return self.out(self.mlp(feat)).squeeze(-1).float()
-
-
-class TwoHotHead(nn.Module):
-    """Feature -> `TwoHot` distribution of a number: the reward head and the critic. [V3-4]"""
-
-    def __init__(self, args: Args, feat_dim: int):
-        super().__init__()
-        self.mlp = MLP(feat_dim, args.units, args.layers)
-        self.out = nn.Linear(args.units, args.bins)
-        init_output(self.out, scale=0.0)  # [V3-9] predicts 0 at first, not a random fortune
-        self.register_buffer("buckets", torch.linspace(-20, 20, args.bins), persistent=False)
-
-    def forward(self, feat: Tensor) -> TwoHot:
-        """(..., F) -> distribution over (...)."""
-        return TwoHot(self.out(self.mlp(feat)), self.buckets)
+        """(T, B, F) -> vector (T, B, V) as its loss sees it, in float32."""
+        return self.vector_head(feat)
 
 
 # ------------------------------------------------------------------------------------------- 6 RSSM
@@ -668,111 +728,109 @@ class State(NamedTuple):
     """Recurrent state of the model, and the action chosen there, which leads to the next one."""
 
     deter: Tensor  # (B, D) h_t
-    stoch: Tensor  # (B, Z) z_t, the S one-hot groups side by side
+    stoch: Tensor  # (B, Z) z_t
     action: Tensor  # (B, A)
 
 
+class NormGRUCell(nn.Module):
+    """GRU with one LayerNorm over its three gates, from the authors' code. [V2-3]
+
+        r, c, u = split(norm(W [h, x]));   c = tanh(sigmoid(r) c);   h' = u c + (1 - u) h
+    """
+
+    def __init__(self, inputs: int, units: int):
+        super().__init__()
+        self.norm = Norm(3 * units)
+        self.linear = nn.Linear(units + inputs, 3 * units, bias=False)
+        init_hidden(self.linear)
+
+    def forward(self, x: Tensor, deter: Tensor) -> Tensor:
+        """(B, U) and h_{t-1} (B, D) -> h_t (B, D), in float32."""
+        parts = self.norm(self.linear(torch.cat([deter, x.to(deter.dtype)], -1))).float()
+        reset, candidate, update = parts.chunk(3, -1)
+        candidate = torch.tanh(reset.sigmoid() * candidate)
+        return deter.lerp(candidate, (update - 1).sigmoid())  # -1: at first it changes slowly
+
+
 class RSSM(nn.Module):
-    """Recurrent state-space model, Eq. 3: sequence model, representation and dynamics predictor."""
+    """Recurrent state-space model: the recurrence, the prior and the posterior."""
 
     def __init__(self, args: Args, action_dim: int, embed_dim: int):
         super().__init__()
-        self.groups, self.classes, self.unimix = args.stoch, args.classes, args.unimix
-        self.deter_dim, self.stoch_dim = args.deter, args.stoch * args.classes
-        self.initial = nn.Parameter(torch.zeros(args.deter))  # [V3-8]
-        self.img_in = Dense(self.stoch_dim + action_dim, args.hidden)
-        self.gru = nn.Linear(args.deter + args.hidden, 3 * args.deter, bias=False)
-        self.gru_norm = nn.LayerNorm(3 * args.deter, eps=1e-3)
+        self.img_in = SplitDense(args.stoch_dim, action_dim, args.hidden)
         self.img_out = Dense(args.deter, args.hidden)
-        self.img_stats = nn.Linear(args.hidden, self.stoch_dim)
-        self.obs_out = Dense(args.deter + embed_dim, args.hidden)
-        self.obs_stats = nn.Linear(args.hidden, self.stoch_dim)
-        init_hidden(self.gru.weight)
-        init_output(self.img_stats)
-        init_output(self.obs_stats)
+        self.obs_out = SplitDense(args.deter, embed_dim, args.hidden)
+        self.gru = NormGRUCell(args.hidden, args.deter)
+        self.img_stats = Linear(args.hidden, args.stoch_dim)
+        self.obs_stats = Linear(args.hidden, args.stoch_dim)
+        self.groups, self.unimix = args.stoch, args.unimix
+        self.initial = nn.Parameter(torch.zeros(args.deter))  # [V3-11]
 
     def initial_state(self) -> tuple[Tensor, Tensor]:
-        """deter (D,) = tanh(learned vector) and stoch (Z,) = mode of the prior there. [V3-8]"""
+        """deter (D,) = tanh(learned vector) and stoch (Z,) = mode of the prior there. [V3-11]"""
         deter = self.initial.tanh()
-        return deter, self.prior(deter).mode().flatten(-2)
+        return deter, self.prior(deter).mode()
 
-    def prior(self, deter: Tensor) -> OneHot:
-        """Dynamics predictor p(z_t | h_t): (..., D) -> (..., S, K)."""
-        return self.groups_of(self.img_stats(self.img_out(deter)))
+    def action_in(self, action: Tensor) -> Tensor:
+        """What an action (..., A) adds to the product of `img_in` (..., U)."""
+        return self.img_in.project(within_unit(action))
 
-    def groups_of(self, raw: Tensor) -> OneHot:
-        """Raw logits (..., Z) -> S categoricals of K classes."""
-        return OneHot(raw.unflatten(-1, (self.groups, self.classes)), self.unimix)
+    def latent(self, raw: Tensor) -> Latent:
+        """Raw statistics from the last layer -> distribution of z_t."""
+        return Latent(raw, self.groups, self.unimix)
 
-    def gate(self, deter: Tensor, parts: Tensor) -> Tensor:
-        """Layer-normalised GRU cell, from the authors' code.
+    def prior(self, deter: Tensor) -> Latent:
+        """p(z_t | h_t), from h_t (..., D)."""
+        return self.latent(self.img_stats(self.img_out(deter)))
 
-        c = tanh(sigmoid(reset) * cand);  u = sigmoid(update - 1);  h' = u c + (1 - u) h
-        The -1 makes the state slow to change at first. `parts` (..., 3D) -> deter (..., D).
+    def img_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """One imagined step: h (N, D), z (N, Z), a (N, A) -> next h (N, D), z ~ prior (N, Z)."""
+        x = self.img_in(stoch, self.action_in(action))  # (N, U)
+        next_deter = self.gru(x, deter)  # (N, D)
+        return next_deter, self.prior(next_deter).sample()
+
+    def obs_step(self, deter: Tensor, stoch: Tensor, action_in: Tensor,
+                 embed_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One observed step: h (B, D), z (B, Z) -> next h (B, D), z ~ posterior (B, Z), its `raw`.
+
+        `action_in` and `embed_in` (B, U) are what action and embedding add to the two products.
         """
-        reset, cand, update = self.gru_norm(parts).float().chunk(3, -1)
-        return deter.lerp(torch.tanh(reset.sigmoid() * cand), (update - 1).sigmoid())
+        x = self.img_in(stoch, action_in)  # (B, U)
+        next_deter = self.gru(x, deter)  # (B, D)
+        raw = self.obs_stats(self.obs_out(next_deter, embed_in))
+        return next_deter, self.latent(raw).sample(), raw
 
-    def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """One step without observation: (N, D), (N, Z), (N, A) -> next deter and prior stoch."""
-        x = self.img_in(torch.cat([stoch, within_unit(action)], -1))
-        next_deter = self.gate(deter, self.gru(torch.cat([deter, x.float()], -1)))
-        return next_deter, self.prior(next_deter).sample().flatten(-2)
-
-    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, carry: State,
-                any_first: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Posterior states of a replayed sequence.
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor | None, deter: Tensor,
+                stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Posterior states of a sequence.
 
         Args:
             embed: (T, B, E).
             prev_action: (T, B, A), the action that led to each observation.
-            is_first: (T, B); there the state starts from `initial_state` and the action is zero.
-            carry: deter and stoch before the first observation.
-            any_first: False spares the initial state where it is not needed (acting, size S: -10%).
+            is_first: (T, B); there an episode begins: from the initial state, with a zero action.
+                None: nowhere, which saves acting the time to compute that state.
+            deter, stoch: (B, D) and (B, Z), the state before the first observation.
 
         Returns:
-            deter (T, B, D), stoch (T, B, Z), raw posterior logits (T, B, Z).
+            deter (T, B, D), stoch (T, B, Z), and what `latent` makes the posterior of.
 
-        Deviation: the authors' loop also draws from the prior here, for nothing.
-
-        What does not depend on the previous state is computed for all T at once, the observation's
-        and the action's share of two matrix products included: the loop is the recurrence alone.
+        What does not depend on the previous state is computed for all T at once, so that the loop
+        holds the recurrence alone.
         """
-        keep = ~is_first[..., None]
-        stoch_w, action_w = self.img_in.weight.split([self.stoch_dim, prev_action.shape[-1]], 1)
-        deter_w, embed_w = self.obs_out.weight.split([self.deter_dim, embed.shape[-1]], 1)
-        action_share = F.linear(within_unit(prev_action * keep), action_w)  # (T, B, U)
-        embed_share = F.linear(embed, embed_w)  # (T, B, U)
-        deter, stoch = carry.deter, carry.stoch
-        initial = self.initial_state() if any_first else (deter, stoch)
-        weights = stoch_w, deter_w
+        firsts = [None] * len(embed)
+        if is_first is not None:
+            prev_action, firsts = prev_action * ~is_first[..., None], is_first[..., None].unbind()
+            first_deter, first_stoch = self.initial_state()
+        action_in = self.action_in(prev_action)  # (T, B, U)
+        embed_in = self.obs_out.project(embed)  # (T, B, U)
         deters, stochs, raws = [], [], []
-        for keep_t, action_t, embed_t in zip(keep, action_share.unbind(), embed_share.unbind()):
-            deter, stoch, raw = self.observe_step(deter, stoch, keep_t, action_t, embed_t, initial,
-                                                  weights)
+        for first, action_t, embed_t in zip(firsts, action_in.unbind(), embed_in.unbind()):
+            if first is not None:
+                deter = torch.where(first, first_deter, deter)
+                stoch = torch.where(first, first_stoch, stoch)
+            deter, stoch, raw = self.obs_step(deter, stoch, action_t, embed_t)
             deters.append(deter), stochs.append(stoch), raws.append(raw)
         return torch.stack(deters), torch.stack(stochs), torch.stack(raws)
-
-    def observe_step(self, deter: Tensor, stoch: Tensor, keep: Tensor, action_share: Tensor,
-                     embed_share: Tensor, initial: tuple[Tensor, Tensor],
-                     weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """One turn of the loop: (B, D), (B, Z) -> next deter, posterior stoch and raw logits."""
-        kept_deter = torch.where(keep, deter, initial[0])  # (B, D)
-        kept_stoch = torch.where(keep, stoch, initial[1])  # (B, Z)
-        x = self.img_in.activate(F.linear(kept_stoch, weights[0]) + action_share)  # (B, U)
-        next_deter = self.gate(kept_deter, self.gru(torch.cat([kept_deter, x.float()], -1)))
-        y = self.obs_out.activate(F.linear(next_deter, weights[1]) + embed_share)  # (B, U)
-        raw = self.obs_stats(y)  # (B, Z)
-        return next_deter, self.groups_of(raw).sample().flatten(-2), raw
-
-
-def within_unit(action: Tensor) -> Tensor:
-    """a / max(1, |a|): the value of clipping to [-1, 1], with gradient 1 / max(1, |a|), not 0.
-
-    From the authors' code: the actor's normal has no bounds, but the model must see actions as the
-    environment does, and an actor outside of the bounds must still be pulled back.
-    """
-    return action / action.detach().abs().clamp(min=1)
 
 
 class WorldModel(nn.Module):
@@ -780,46 +838,66 @@ class WorldModel(nn.Module):
 
     def __init__(self, args: Args, spec: EnvSpec):
         super().__init__()
-        self.feat_dim = args.deter + args.stoch * args.classes
+        self.feat_dim = feat_dim = args.deter + args.stoch_dim
         self.encoder = Encoder(args, spec)
         self.rssm = RSSM(args, spec.action_dim, self.encoder.embed_dim)
-        self.decoder = Decoder(args, spec, self.feat_dim)
-        self.reward_head = TwoHotHead(args, self.feat_dim)
-        self.continue_head = ContinueHead(args, self.feat_dim)
+        self.decoder = Decoder(args, spec, feat_dim)
+        self.cont_head = Head(feat_dim, args.units, args.layers, 1)
+        self.reward_head = Head(feat_dim, args.units, args.layers, args.bins)
+        nn.init.zeros_(self.reward_head.out.weight)  # [V3-9]
+
+    def reward(self, feat: Tensor) -> TwoHot:
+        """(..., F) -> distribution of the reward (...) received with that state. [V3-4]"""
+        return TwoHot(self.reward_head(feat))
+
+    def cont(self, feat: Tensor) -> Bernoulli:
+        """(..., F) -> distribution of "the episode goes on" (...)."""
+        return Bernoulli(self.cont_head(feat).squeeze(-1))
 
 
 # ------------------------------------------------------------------------------- 7 actor and critic
 class Actor(nn.Module):
-    """Feature -> policy pi(a_t | s_t), Eq. 6."""
+    """Feature -> policy pi(a_t | s_t)."""
 
     def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
         super().__init__()
-        self.discrete, self.unimix = spec.discrete, args.unimix
-        self.min_std, self.max_std = args.actor_min_std, args.actor_max_std
-        self.mlp = MLP(feat_dim, args.units, args.layers)
-        self.out = nn.Linear(args.units, spec.action_dim)
-        init_output(self.out)
+        self.discrete = spec.discrete
+        self.head = Head(feat_dim, args.units, args.layers, spec.action_dim)
         if not spec.discrete:
-            self.std = nn.Linear(args.units, spec.action_dim)
-            init_output(self.std)
+            self.std = Linear(args.units, spec.action_dim)
+        # How much of the gradient comes back through the dynamics, not from REINFORCE. [V2-4]
+        self.dynamics = {"auto": float(not spec.discrete), "reinforce": 0.0,
+                         "dynamics": 1.0}[args.actor_grad]
+        self.min_std, self.max_std = args.actor_min_std, args.actor_max_std
+        self.unimix = args.unimix
 
     def forward(self, feat: Tensor) -> Tensor:
         """(..., F) -> parameters of the policy (..., A), or (..., 2A) for continuous actions."""
-        x = self.mlp(feat)
-        output = self.out(x) if self.discrete else torch.cat([self.out(x), self.std(x)], -1)
-        return output.float()
-
-    def policy(self, output: Tensor) -> OneHot | Gaussian:
-        """Distribution of actions from `forward`'s output.
-
-        Discrete: one-hot with the uniform mixture [V3-3]. Continuous: mean tanh(m), standard
-        deviation between 0.1 and 1, 0.89 at first (authors' code).
-        """
         if self.discrete:
-            return OneHot(output, self.unimix)
-        mean, raw_std = output.chunk(2, -1)
-        std = (self.max_std - self.min_std) * (raw_std + 2).sigmoid() + self.min_std
-        return Gaussian(mean.tanh(), std)
+            return self.head(feat)
+        x = self.head.mlp(feat)
+        return torch.cat([self.head.out(x), self.std(x)], -1).float()
+
+    def policy(self, raw: Tensor) -> OneHot | Gaussian:
+        """Distribution of actions from `forward`'s output: one-hot, or from mean and deviation."""
+        if not self.discrete:
+            mean, raw_std = raw.chunk(2, -1)  # the deviation is 0.1 to 1, 0.89 at first [V3-15]
+            std = (self.max_std - self.min_std) * (raw_std + 2).sigmoid() + self.min_std
+            return Gaussian(mean.tanh(), std)
+        return OneHot(raw, self.unimix)  # [V3-3]
+
+
+class Critic(nn.Module):
+    """Feature -> distribution of the return from there."""
+
+    def __init__(self, args: Args, feat_dim: int):
+        super().__init__()
+        self.head = Head(feat_dim, args.units, args.layers, args.bins)
+        nn.init.zeros_(self.head.out.weight)  # [V3-9]
+
+    def forward(self, feat: Tensor) -> TwoHot:
+        """(..., F) -> distribution over (...). [V3-4]"""
+        return TwoHot(self.head(feat))
 
 
 class ReturnScale(nn.Module):
@@ -828,7 +906,7 @@ class ReturnScale(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         self.decay, self.limit = args.return_norm_decay, args.return_norm_limit
-        percentiles = torch.tensor([args.return_norm_low, args.return_norm_high])
+        percentiles = torch.tensor([args.return_norm_low, args.return_norm_high]) / 100
         self.register_buffer("percentiles", percentiles, persistent=False)
         self.register_buffer("range", torch.zeros(2))  # starts at 0, no bias correction
 
@@ -843,8 +921,7 @@ class ReturnScale(nn.Module):
 # ----------------------------------------------------------------------------------------- 8 losses
 def world_model_loss(model: WorldModel, batch: Batch, carry: State,
                      args: Args) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
-    """Scaled loss terms of the world model, each (T, B), over every replayed step. Eq. 4-5.
-
+    """Scaled loss terms of the world model, each (T, B), over every replayed step. Eq. 4-5:
         L_pred = -ln p(x_t|s_t) - ln p(r_t|s_t) - ln p(c_t|s_t)
         L_dyn  = max(1, KL[ sg(q(z_t|h_t,x_t)) || p(z_t|h_t) ])     trains the prior
         L_rep  = max(1, KL[ q(z_t|h_t,x_t) || sg(p(z_t|h_t)) ])     trains the posterior
@@ -854,178 +931,134 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     """
     image = centre(batch.image)
     embed = model.encoder(image, batch.vector)  # (T, B, E)
-    prev_action = torch.cat([carry.action[None], batch.action[:-1]])  # (T, B, A)
-    deter, stoch, raw = model.rssm.observe(embed, prev_action, batch.is_first, carry)
-    post, prior = model.rssm.groups_of(raw), model.rssm.prior(deter)
+    prev_action = previous_actions(batch, carry.action)  # (T, B, A)
+    deter, stoch, raw = model.rssm.observe(embed, prev_action, batch.is_first, carry.deter,
+                                           carry.stoch)
+    post, prior = model.rssm.latent(raw), model.rssm.prior(deter)
     feat = torch.cat([deter, stoch], -1)  # (T, B, F)
 
-    losses = {}
-    if image is not None:  # summed over pixels, no factor 1/2 (authors' code)
-        squares = F.mse_loss(model.decoder.image(feat), image, reduction="none")  # (T, B, I, I, C)
-        losses["image"] = args.beta_pred * squares.sum((-3, -2, -1))
-    if batch.vector is not None:  # [V3-1] Eq. 1, but no factor 1/2 (authors' code)
-        squared = (model.decoder.vector(feat) - symlog(batch.vector)).square()  # (T, B, V)
-        close = squared < 1e-8  # from the authors' code: near enough is right
-        losses["vector"] = args.beta_pred * squared.masked_fill(close, 0).sum(-1)
-    losses["reward"] = -args.beta_pred * model.reward_head(feat).log_prob(batch.reward)
-    losses["continue"] = args.beta_pred * F.binary_cross_entropy_with_logits(  # [V3-7]
-        model.continue_head(feat), (~batch.is_terminal).float(), reduction="none")
+    losses, metrics = {}, {"latent/post_entropy": post.entropy(),
+                           "latent/prior_entropy": prior.entropy()}
+    if image is not None:  # [V3-13]
+        squared = F.mse_loss(model.decoder.image(feat), image, reduction="none")  # (T, B, I, I, C)
+        losses["image"] = args.beta_pred * squared.sum((-3, -2, -1))
+    if batch.vector is not None:  # [V3-1] Eq. 1  [V3-13]
+        error = (model.decoder.vector(feat) - symlog(batch.vector)).square()  # (T, B, V)
+        close = error < 1e-8  # from the authors' code: near enough is right
+        losses["vector"] = args.beta_pred * error.masked_fill(close, 0).sum(-1)
+    losses["reward"] = -args.beta_pred * model.reward(feat).log_prob(batch.reward)
+    going_on = (~batch.is_terminal).float()  # (T, B) [V3-7]
+    losses["cont"] = -args.beta_pred * model.cont(feat).log_prob(going_on)
     # [V3-2] Both have the same value; they differ in which side learns.
-    dyn = (post.probs.detach() * (post.logits.detach() - prior.logits)).sum((-2, -1))  # (T, B)
-    rep = (post.probs * (post.logits - prior.logits.detach())).sum((-2, -1))  # (T, B)
-    losses["dyn"] = args.beta_dyn * dyn.clamp(min=args.free_bits)
-    losses["rep"] = args.beta_rep * rep.clamp(min=args.free_bits)
-
-    stats = {"latent/kl": dyn.detach().mean(),
-             "latent/post_entropy": post.entropy().detach().sum(-1).mean(),
-             "latent/prior_entropy": prior.entropy().detach().sum(-1).mean()}
-    return losses, deter.detach(), stoch.detach(), stats
+    kl_dyn, kl_rep = post.detach().kl(prior), post.kl(prior.detach())
+    losses["dyn"] = args.beta_dyn * kl_dyn.clamp(min=args.free_bits)
+    losses["rep"] = args.beta_rep * kl_rep.clamp(min=args.free_bits)
+    metrics["latent/kl"] = kl_dyn
+    return losses, deter.detach(), stoch.detach(), metrics
 
 
 def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
             horizon: int) -> tuple[Tensor, Tensor, Tensor]:
     """Follow the actor through the prior for `horizon` steps from deter (N, D) and stoch (N, Z).
-
     Returns features (H1, N, F), the starts included, actions (H, N, A) and the actor's outputs
     (H, N, A or 2A), from which the losses rebuild the policy without running the actor again.
 
-    Discrete actions learn by REINFORCE, so the dynamics need no gradient at all. The actor always
-    sees detached features: it learns from what its actions lead to, not by bending the state.
+    REINFORCE needs no gradient of the dynamics at all [V2-4]. The actor always sees detached
+    features: it learns from what its actions lead to, not by bending the state.
     """
-    feats, actions, outputs = [torch.cat([deter, stoch], -1)], [], []
+    feats, actions, raws = [torch.cat([deter, stoch], -1)], [], []
     for _ in range(horizon):
-        outputs.append(actor(feats[-1].detach()))
-        with torch.set_grad_enabled(not actor.discrete):
-            actions.append(actor.policy(outputs[-1]).sample())
-            deter, stoch = model.rssm.imagine_step(deter, stoch, actions[-1])
+        raws.append(actor(feats[-1].detach()))
+        with torch.set_grad_enabled(actor.dynamics > 0):
+            actions.append(actor.policy(raws[-1]).sample())
+            deter, stoch = model.rssm.img_step(deter, stoch, actions[-1])
             feats.append(torch.cat([deter, stoch], -1))
-    return torch.stack(feats), torch.stack(actions), torch.stack(outputs)
+    return torch.stack(feats), torch.stack(actions), torch.stack(raws)
 
 
-def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
-    """Returns (H, N) of imagined trajectories, Eq. 7.
+def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_: float) -> Tensor:
+    """Lambda-returns of imagined trajectories, one per step, (H, N) or one step less.
 
-        R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1}),    R_H = v_H
+        R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
+        R_H = next_value_{H-1}                      after the last step: the critic's word
 
-    Args:
-        reward: (H, N), reward[t] is the one of state t + 1.
-        value: (H1, N), critic at every state.
-        discount: (H1, N), gamma times the continue flag of every state.
+    All arguments have the shape of the result and are aligned: what follows from step t stands at
+    index t.
     """
-    target = reward + discount[1:] * (1 - lambda_) * value[1:]  # (H, N)
-    returns, last = [], value[-1]
+    target = reward + discount * (1 - lambda_) * next_value
+    returns, last = [], next_value[-1]
     for t in reversed(range(len(reward))):
-        last = target[t] + discount[t + 1] * lambda_ * last
+        last = target[t] + discount[t] * lambda_ * last
         returns.append(last)
     return torch.stack(returns[::-1])
 
 
-def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, value: Tensor,
-               weight: Tensor, scale: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Loss of the actor as a scalar, and the policy's entropy (H, N). Eq. 11. [V3-5]
-
-        discrete      L = -sum_t w_t ( ln pi(a_t|s_t) sg((R_t - v_t) / max(1, S)) + eta H[pi] )
-        continuous    L = -sum_t w_t (                   (R_t - v_t) / max(1, S)  + eta H[pi] )
-
-    For continuous actions the gradient flows back through reward, value and dynamics, the
-    baseline v_t included (authors' code). `ret`, `value` and `weight` are (H, N).
+def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline: Tensor,
+               scale: Tensor, weight: Tensor, dynamics: float,
+               args: Args) -> tuple[Tensor, Tensor]:
+    """Loss of the actor as a scalar, and the policy's entropy (H, N). Eq. 11, with
+        REINFORCE   L = -mean w_t ( ln pi(a_t|s_t) sg(A_t) + eta H[pi(.|s_t)] )
+        dynamics    L = -mean w_t (                   A_t  + eta H[pi(.|s_t)] )
+    and A_t = (R_t - v_t) / max(1, S). Weights w_t and baseline v_t are in the authors' code only.
+    Through the dynamics the gradient reaches the actor by reward, value and baseline. `ret`,
+    `baseline` and `weight` are (H, N).
     """
-    advantage = (ret - value) / scale  # (H, N)
-    if isinstance(policy, OneHot):
-        advantage = policy.log_prob(action.detach()) * advantage.detach()
-    entropy = policy.entropy().reshape(advantage.shape)  # (H, N)
-    return -(weight * (advantage + args.actor_entropy * entropy)).mean(), entropy
+    objective = (ret - baseline) / scale  # (H, N) [V3-5]
+    if not dynamics:  # [V2-4]
+        objective = policy.log_prob(action.detach()) * objective.detach()  # (H, N)
+    entropy = policy.entropy()  # [V2-5]
+    return -(weight * (objective + args.actor_entropy * entropy)).mean(), entropy
 
 
-def critic_loss(value_dist: TwoHot, slow_value: Tensor, ret: Tensor, weight: Tensor,
+def critic_loss(value_dist: TwoHot, ret: Tensor, slow_value: Tensor, weight: Tensor,
                 args: Args) -> Tensor:
-    """Loss of the critic as a scalar, Eq. 10, plus the pull towards its slow copy. [V3-6]
-
-        L = -sum_t w_t ( ln p(R_t|s_t) + rho ln p(v'_t|s_t) )    v' the mean of the slow critic,
+    """Loss of the critic as a scalar, Eq. 10, and the pull towards its slow copy. [V3-6]
+        L = -mean w_t ( ln p(R_t|s_t) + rho ln p(v'_t|s_t) )     v' the mean of the slow critic,
                                                                  rho = args.critic_ema_regularizer
+    The weights w_t are in the authors' code only. All tensors are (H, N).
     """
     log_prob = value_dist.log_prob(ret.detach())  # (H, N)
-    towards_slow = value_dist.log_prob(slow_value)  # (H, N)
-    return -(weight * (log_prob + args.critic_ema_regularizer * towards_slow)).mean()
+    log_prob_slow = value_dist.log_prob(slow_value)  # (H, N)
+    return -(weight * (log_prob + args.critic_ema_regularizer * log_prob_slow)).mean()
 
 
 # ------------------------------------------------------------------------------------------ 9 agent
-def gather_ranks(x: Tensor) -> Tensor:
-    """Concatenate x (n,) of all processes: statistics must be those of the whole batch."""
-    if not dist.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
-
-
 class Optimizer:
-    """Adam on gradients clipped by their global norm."""
+    """Adam, on gradients clipped by their global norm."""
 
-    def __init__(self, params, lr: float, eps: float, clip: float, graphed: bool = False):
-        """`graphed`: a CUDA graph will hold the step."""
+    def __init__(self, params, lr: float, eps: float, clip: float):
         self.params, self.clip = list(params), clip
-        self.adam = torch.optim.Adam(self.params, lr, eps=eps, fused=True, capturable=graphed)
+        self.adam = torch.optim.Adam(self.params, lr, eps=eps, fused=True,
+                                     capturable=self.params[0].is_cuda)  # for a CUDA graph
 
-    def step(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
-        """Minimise a scalar loss by one step; returns the gradient norm before clipping.
+    def grads(self, loss: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        """Gradients of a scalar loss, for this optimiser's parameters only.
 
-        Only this optimiser's parameters get gradients, though the actor's loss passes through the
-        world model and the critic. A norm that is not finite (a NaN loss makes it so, on every
-        rank) skips the step on the device, without waiting. `finite` stops the run: on a CPU at
-        once, on a GPU when it next looks, at a log or a save.
+        The actor's loss passes through world model and critic, too; they must not learn from it.
         """
         grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
         average_over_ranks(grads)
+        return grads
+
+    @torch.no_grad()
+    def apply(self, grads: tuple[Tensor, ...]) -> Tensor:
+        """Take one step; returns the global norm of the gradients before clipping."""
         norm = nn.utils.get_total_norm(grads)
         clipped = torch._foreach_mul(grads, self.clip / norm.clamp(min=self.clip))
+        # Textbook Adam, without weight decay. [V3-10]
         for param, grad in zip(self.params, clipped):
             param.grad = grad
-        self.adam.found_inf = (~norm.isfinite()).float()
         self.adam.step()
-        self.adam.zero_grad()  # frees them: size S 0.1 GB
+        self.adam.zero_grad()  # frees them
         return norm
 
+    def state_dict(self) -> dict:
+        """Adam's moments and counter, without the learning rate."""
+        return self.adam.state_dict()["state"]
 
-def average_over_ranks(grads: tuple[Tensor, ...]) -> None:
-    """Make `grads` those of the whole batch, of which each process has an equal share.
-
-    This is all that training on several GPUs or machines takes: every rank starts from the same
-    weights and applies the same gradient, so the weights stay equal.
-    """
-    if dist.is_initialized():
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        means = (flat / dist.get_world_size()).split([grad.numel() for grad in grads])
-        for grad, mean in zip(grads, means):
-            grad.copy_(mean.view_as(grad))
-
-
-class GraphedUpdate:
-    """`Agent.train_step` as a CUDA graph: one launch in place of ten thousand."""
-
-    def __init__(self, agent: "Agent"):
-        self.agent, self.graph, self.inputs, self.eager = agent, None, None, 3
-
-    def __call__(self, batch: Batch, carry: State) -> None:
-        """As `Agent.train_step`; the batch is copied to where the graph reads it."""
-        agent = self.agent
-        if self.eager:  # networks are compiled, Adam makes its moments, the slow critic is copied
-            self.eager -= 1
-            agent.train_step(batch, carry)
-            return
-        if self.graph is None:
-            self.inputs = Batch(*(None if x is None else x.clone() for x in batch))
-            self.graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(self.graph):
-                agent.train_step(self.inputs, carry)  # its metrics are where each replay writes
-            agent.updates -= 1  # recording is not running
-        for target, source in zip(self.inputs, batch):
-            if target is not None:
-                target.copy_(source)
-        self.graph.replay()
-        agent.updates += 1
+    def load_state_dict(self, state: dict) -> None:
+        """Undo `state_dict`."""
+        self.adam.load_state_dict(self.adam.state_dict() | {"state": state})
 
 
 class Agent(nn.Module):
@@ -1033,105 +1066,114 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, spec: EnvSpec, device: torch.device):
         super().__init__()
-        self.args, self.spec, self.device = args, spec, device
+        self.args, self.spec, self.device, self.updates = args, spec, device, 0
         self.world_model = WorldModel(args, spec)
         feat_dim = self.world_model.feat_dim
         self.actor = Actor(args, spec, feat_dim)
-        self.critic = TwoHotHead(args, feat_dim)
-        self.slow_critic = TwoHotHead(args, feat_dim).requires_grad_(False)
-        self.return_scale = ReturnScale(args)
+        self.critic = Critic(args, feat_dim)
+        self.slow_critic = Critic(args, feat_dim).requires_grad_(False)
+        self.return_scale = ReturnScale(args)  # [V3-5]
         self.to(device, memory_format=torch.channels_last)
-        self.graphed = args.compile and device.type == "cuda"
         self.model_opt = Optimizer(self.world_model.parameters(), args.model_lr, args.model_eps,
-                                   args.model_clip, self.graphed)
+                                   args.model_clip)
         self.actor_opt = Optimizer(self.actor.parameters(), args.actor_lr, args.actor_eps,
-                                   args.actor_clip, self.graphed)
+                                   args.actor_clip)
         self.critic_opt = Optimizer(self.critic.parameters(), args.critic_lr, args.critic_eps,
-                                    args.critic_clip, self.graphed)
+                                    args.critic_clip)
+        self.bf16 = use_bf16(args.amp, device, args.units >= 256)
         if args.compile:
             self.compile_networks()
-        self.updates, self.metrics = 0, {}
-        self.bf16 = use_bf16(args, device)
+        if args.cuda_graph and device.type == "cuda":
+            self.learn = CudaGraph(self.learn)
 
     def train_step(self, batch: Batch, carry: State) -> dict[str, Tensor]:
-        """One update of world model, actor and critic; returns scalar metrics, still on the device.
-
-        The order is the authors': the world model first, then imagination inside the *new* model,
-        from the posterior states that the *old* one inferred.
-        """
-        with self.autocast():
-            losses, deter, stoch, stats = world_model_loss(self.world_model, batch, carry,
-                                                           self.args)
-        model_loss = sum(losses.values()).mean()
-        model_norm = self.model_opt.step(model_loss)
-        metrics = {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
-        metrics |= stats | {"loss/model": model_loss.detach(), "grad_norm/model": model_norm}
-        alive = (~batch.is_terminal).float()  # (T, B) [V3-11] a terminal start gets weight zero
-        self.metrics = metrics | self.train_actor_critic(deter.flatten(0, 1), stoch.flatten(0, 1),
-                                                         alive.flatten())
-        return self.metrics
-
-    def train_actor_critic(self, deter: Tensor, stoch: Tensor, alive: Tensor) -> dict[str, Tensor]:
-        """Imagine from deter (N, D) and stoch (N, Z); alive (N,) is 1 - is_terminal there."""
-        args, model = self.args, self.world_model
-        with self.autocast():
-            feat, action, output = imagine(model, self.actor, deter, stoch, args.horizon)
-            value_dist = self.critic(feat)
-            with torch.set_grad_enabled(not self.actor.discrete):
-                reward_dist = model.reward_head(feat[1:])
-            with torch.no_grad():
-                slow_dist = self.slow_critic(feat[:-1])
-                cont = (model.continue_head(feat) > 0).float()  # (H1, N) its mode
-        value = value_dist.mean()  # (H1, N)
-        reward = reward_dist.mean()  # (H, N)
-        slow_value = slow_dist.mean()  # (H, N)
-        discount = args.gamma * torch.cat([alive[None], cont[1:]])  # (H1, N)
-        weight = (discount.cumprod(0) / args.gamma)[:-1]  # (H, N)
-        # [V3-6] The targets come from the fast critic.
-        ret = lambda_return(reward, value, discount, args.return_lambda)  # (H, N)
-        scale = self.return_scale.update(ret)
-
-        policy = self.actor.policy(output)
-        loss_actor, entropy = actor_loss(policy, action, ret, value[:-1], weight, scale, args)
-        starts = TwoHot(value_dist.logits[:-1], value_dist.buckets)
-        loss_critic = critic_loss(starts, slow_value, ret, weight, args)
-        # Continuous actions: both losses go back through the critic's pass over `feat`.
-        actor_norm = self.actor_opt.step(loss_actor, retain_graph=not self.actor.discrete)
-        critic_norm = self.critic_opt.step(loss_critic)
+        """One update, from `carry`, the state before the batch; returns scalar metrics."""
+        metrics = self.learn(batch, carry)
         self.update_slow_critic()
-        return {"loss/actor": loss_actor.detach(), "loss/critic": loss_critic.detach(),
-                "grad_norm/actor": actor_norm, "grad_norm/critic": critic_norm,
-                "actor/entropy": entropy.detach().mean(), "imagined/return_scale": scale,
-                "imagined/return": ret.detach().mean(), "imagined/value": value.detach().mean(),
-                "imagined/reward": reward.detach().mean()}
+        self.updates += 1
+        return metrics
+
+    def learn(self, batch: Batch, carry: State) -> dict[str, Tensor]:
+        """A step of world model, actor and critic. The metrics are still on the device.
+
+        The order is the authors': the world model first, then imagination inside of the *new*
+        model, from the posterior states that the *old* one inferred. [V2-10]
+        """
+        args, model = self.args, self.world_model
+        # World model
+        with self.autocast():
+            losses, deter, stoch, metrics = world_model_loss(model, batch, carry, args)
+        loss_model = sum(loss.mean() for loss in losses.values())
+        model_norm = self.model_opt.apply(self.model_opt.grads(loss_model))
+
+        # Imagination, from every posterior state
+        with self.autocast():
+            feat, action, raw = imagine(model, self.actor, deter.flatten(0, 1),
+                                        stoch.flatten(0, 1), args.imag_horizon)
+            with torch.set_grad_enabled(self.actor.dynamics > 0):
+                reward = model.reward(feat[1:]).mean()  # (H, N)
+            value_dist = self.critic(feat)
+            value = value_dist.mean()  # (H1, N)
+            with torch.no_grad():
+                cont = model.cont(feat[1:]).mode()  # (H, N) [V3-7]
+                slow_value = self.slow_critic(feat[:-1]).mean()  # (H, N)
+
+        # Returns: what follows from state t is r_{t+1} and c_{t+1} here, r_t and c_t in Eq. 7
+        alive = (~batch.is_terminal).float().flatten()  # (N,) [V2-7] [V3-14]
+        discount = args.gamma * cont  # (H, N)
+        weight = torch.cat([alive[None], discount[:-1]]).cumprod(0)  # (H, N)
+        ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (H, N) [V3-6]
+        scale = metrics["imagined/return_scale"] = self.return_scale.update(ret)
+
+        # Actor and critic
+        loss_actor, entropy = actor_loss(self.actor.policy(raw), action, ret, value[:-1], scale,
+                                         weight, self.actor.dynamics, args)  # [V3-14]
+        loss_critic = critic_loss(value_dist[:-1], ret, slow_value, weight, args)
+        metrics["actor/entropy"] = entropy
+        actor_grads = self.actor_opt.grads(loss_actor, retain_graph=self.actor.dynamics > 0)
+        critic_grads = self.critic_opt.grads(loss_critic)
+        actor_norm, critic_norm = (self.actor_opt.apply(actor_grads),
+                                   self.critic_opt.apply(critic_grads))
+
+        metrics |= {f"loss/{name}": loss for name, loss in losses.items()} | {
+            "loss/model": loss_model, "loss/actor": loss_actor, "loss/critic": loss_critic,
+            "grad_norm/model": model_norm, "grad_norm/actor": actor_norm,
+            "grad_norm/critic": critic_norm, "imagined/return": ret, "imagined/value": value,
+            "imagined/reward": reward}
+        return {name: values.detach().mean() for name, values in metrics.items()}
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:
-        """Move the slow critic towards the critic; the first time, all the way (authors' code)."""
-        share = 1.0 if self.updates == 0 else 1 - self.args.critic_ema_decay
+        """Move the slow critic to the critic; the first time, all the way. [V2-6] [V3-6]"""
+        rate = 1.0 if self.updates == 0 else 1 - self.args.critic_ema_decay
         slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
-        torch._foreach_lerp_(slow, fast, share)
-        self.updates += 1
+        torch._foreach_lerp_(slow, fast, rate)
 
     @torch.no_grad()
-    def act(self, step: EnvStep, carry: State, sample: bool = True) -> State:
-        """Take in one observation per environment and choose actions: the next carry.
+    def act(self, obs: EnvStep, state: State, sample: bool = True, random: bool = False) -> State:
+        """Take in one observation per environment and choose actions: the next state.
 
-        `carry` is the state before, `carry.action` (P, A) the action that led to this observation.
+        `state` is the one before; `state.action` (P, A) led to this observation. `sample`: draw
+        from the policy, else take its mode. `random`: uniformly random actions. At the end of an
+        episode nothing is chosen: the action is zero.
         """
-        image, vector, is_first = (
+        image, vector, is_first, is_last = (
             None if array is None else on_device(torch.from_numpy(array)[None], self.device)
-            for array in (step.image, step.vector, step.is_first))
+            for array in (obs.image, obs.vector, obs.is_first, obs.is_last))
         embed = self.world_model.encoder(centre(image), vector)
-        deter, stoch, _ = self.world_model.rssm.observe(embed, carry.action[None], is_first, carry,
-                                                        any_first=bool(step.is_first.any()))
+        deter, stoch, _ = self.world_model.rssm.observe(
+            embed, state.action[None], is_first if obs.is_first.any() else None, state.deter,
+            state.stoch)
         policy = self.actor.policy(self.actor(torch.cat([deter[0], stoch[0]], -1)))
-        return State(deter[0], stoch[0], policy.sample() if sample else policy.mode())
+        action = policy.sample() if sample else policy.mode()
+        if random:
+            action = random_actions(action, self.spec.discrete)
+        return State(deter[0], stoch[0], action * ~is_last[0, :, None])
 
-    def blank_state(self, rows: int) -> State:
-        """Zeros; a sequence begins with is_first, which puts the learned state in their place."""
+    def zero_state(self, rows: int) -> State:
+        """Zeros; a sequence begins with is_first, where the RSSM puts its own initial state."""
         return State(*(torch.zeros(rows, width, device=self.device) for width in (
-            self.args.deter, self.args.stoch * self.args.classes, self.spec.action_dim)))
+            self.args.deter, self.args.stoch_dim, self.spec.action_dim)))
 
     def compile_networks(self) -> None:
         """Compile the steps of the two loops and the networks that are called for all time.
@@ -1141,145 +1183,64 @@ class Agent(nn.Module):
         torch._functorch.config.donated_buffer = False  # two losses share one backward graph
         torch._dynamo.config.recompile_limit = 64  # every Dense is a variant of the same code
         model = self.world_model
-        for network in (model.encoder, model.reward_head.mlp, model.continue_head, self.actor,
-                        self.critic.mlp, self.slow_critic.mlp):
-            network.compile(dynamic=False)
+        for network in self.modules():
+            if isinstance(network, (Encoder, Head, Actor)):
+                network.compile(dynamic=False)
         model.decoder.image = torch.compile(model.decoder.image, dynamic=False)
-        model.rssm.observe_step = torch.compile(model.rssm.observe_step, dynamic=False)
-        model.rssm.imagine_step = torch.compile(model.rssm.imagine_step, dynamic=False)
+        model.rssm.obs_step = torch.compile(model.rssm.obs_step, dynamic=False)
+        model.rssm.img_step = torch.compile(model.rssm.img_step, dynamic=False)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 for matrix products and convolutions; parameters and losses stay in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def optimizers(self) -> dict[str, torch.optim.Adam]:
+    def optimizers(self) -> dict[str, Optimizer]:
         """By name, for the checkpoint."""
-        return {"model": self.model_opt.adam, "actor": self.actor_opt.adam,
-                "critic": self.critic_opt.adam}
+        return {"model": self.model_opt, "actor": self.actor_opt, "critic": self.critic_opt}
 
 
-# ----------------------------------------------------------------------- 10 evaluation and dreaming
+def random_actions(like: Tensor, discrete: bool) -> Tensor:
+    """Uniformly random actions of the shape (P, A) of `like`: one-hot, or within [-1, 1]."""
+    noise = torch.rand_like(like)
+    return F.one_hot(noise.argmax(-1), like.shape[-1]).float() if discrete else 2 * noise - 1
+
+
+# -------------------------------------------------------------------------------------- 10 dreaming
 @torch.no_grad()
 def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]:
     """What happened, what the model reconstructs, and what it imagines, for the first sequence.
 
     The model infers its state from the first `context` observations of `batch` (T, B, ...); from
-    there on it is given the recorded actions and nothing else. Videos of shape (T, I, I, C) uint8,
-    or curves drawn as such for environments without images.
+    there on it is given the recorded actions and nothing else, up to the end of that episode.
+    Videos (T, I, I, C) uint8, or vectors (T, V) float32 for environments without images.
     """
-    batch = Batch(*(on_device(tensor, agent.device) for tensor in batch))
-    model, prev_action = agent.world_model, F.pad(batch.action[:-1], (0, 0, 0, 0, 1, 0))
-    embed = model.encoder(centre(batch.image), batch.vector)
+    ends = batch.is_first[context:, 0].nonzero()
+    length = context + int(ends[0]) if len(ends) else len(batch.reward)
+    batch = Batch(*(x if x is None else on_device(x[:length], agent.device) for x in batch))
+    model, before = agent.world_model, agent.zero_state(batch.reward.shape[1])
     replay_deter, replay_stoch, _ = model.rssm.observe(
-        embed, prev_action, batch.is_first, agent.blank_state(batch.reward.shape[1]))
+        model.encoder(centre(batch.image), batch.vector), previous_actions(batch, before.action),
+        batch.is_first, before.deter, before.stoch)
     feat = torch.cat([replay_deter, replay_stoch], -1)  # (T, B, F)
 
     imag_deter, imag_stoch = replay_deter[context - 1], replay_stoch[context - 1]
     imag_feat = [*feat[:context]]
     for action in batch.action[context - 1:-1]:
-        imag_deter, imag_stoch = model.rssm.imagine_step(imag_deter, imag_stoch, action)
+        imag_deter, imag_stoch = model.rssm.img_step(imag_deter, imag_stoch, action)
         imag_feat.append(torch.cat([imag_deter, imag_stoch], -1))
 
-    feats = torch.stack([feat[:, :1], torch.stack(imag_feat)[:, :1]])
+    feats = torch.stack([feat[:, :1], torch.stack(imag_feat)[:, :1]])  # (2, T, 1, F)
     names = ["what happened", "reconstruction", "imagination"]
     if batch.image is None:
         vectors = symexp(model.decoder.vector(feats))[:, :, 0]
         vectors = torch.stack([batch.vector[:, 0], *vectors])
-        return dict(zip(names, video.curves(vectors.cpu().numpy())))
+        return dict(zip(names, vectors.cpu().numpy()))
     images = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]
     images = torch.stack([batch.image[:, 0], *((images + 0.5).clamp(0, 1) * 255).round().byte()])
     return dict(zip(names, images.cpu().numpy()))
 
 
-def load_agent(args: Args, run_dir: Path, spec: EnvSpec) -> Agent:
-    """The agent of a run directory's checkpoint; on the CPU if it was trained on a GPU we lack."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    agent = Agent(args, spec, device)
-    state = runs.load_checkpoint(run_dir / "checkpoint.pt", SCRIPT, device)
-    agent.load_state_dict(state["agent"])
-    return agent
-
-
-def play(args: Args, agent: Agent, envs: Envs):
-    """Endlessly yield each `EnvStep` and the action (P, A) that the agent takes there."""
-    obs, carry = envs.reset(), agent.blank_state(envs.num_envs)
-    while True:
-        carry = agent.act(obs, carry, sample=not args.eval_mode)
-        action = carry.action.cpu().numpy()
-        yield obs, action
-        obs = envs.step(action)
-
-
-def evaluation_envs(args: Args, num_envs: int) -> Envs:
-    """Environments whose seeds no training run has used."""
-    return Envs(args.env_config, num_envs, args.seed + 10**6, args.max_env_restarts,
-                args.env_timeout, args.eval_env_seed)
-
-
-def evaluate(args: Args, run_dir: Path) -> list[float]:
-    """Play fresh episodes with a trained agent; print every return, then mean and spread."""
-    runs.seed_everything(args.seed + 10**6, args.torch_deterministic)
-    num_envs = min(args.num_envs, args.eval_episodes)
-    envs, returns = evaluation_envs(args, num_envs), []
-    agent = load_agent(args, run_dir, envs.spec)
-    # Every environment plays its share: to count who finishes first would favour short episodes.
-    left = np.array([len(part) for part in np.array_split(range(args.eval_episodes), num_envs)])
-    restarts = envs.restarts
-    for obs, _ in play(args, agent, envs):
-        broken, restarts = envs.restarts != restarts, envs.restarts  # their episodes do not count
-        for env in np.flatnonzero(obs.is_last & (left > 0) & ~broken):
-            left[env] -= 1
-            returns.append(float(obs.episode_return[env]))
-            print(f"episode {len(returns)}: return {returns[-1]:g}, "
-                  f"length {obs.episode_length[env]}")
-        if not left.any():
-            break
-    envs.close()
-    print(f"mean {np.mean(returns):g}, standard deviation {np.std(returns):g}, "
-          f"minimum {min(returns):g}, maximum {max(returns):g} over {len(returns)} episodes")
-    return returns
-
-
-def dream(args: Args, run_dir: Path) -> list[Path]:
-    """Write what the agent imagines as RUN_DIR/videos/dream.gif and dream.png."""
-    runs.seed_everything(args.seed + 10**6, args.torch_deterministic)
-    envs = evaluation_envs(args, 1)
-    agent = load_agent(args, run_dir, envs.spec)
-    length, recorded = args.dream_context + args.dream_horizon, deque(maxlen=1000)
-    for obs, action in play(args, agent, envs):
-        recorded.append((obs, action))
-        if obs.is_last.any() or len(recorded) == recorded.maxlen:
-            break
-    envs.close()
-    middle = max(0, (len(recorded) - length) // 2)  # the first frames are often a still picture
-    steps, actions = zip(*list(recorded)[middle:middle + length])
-    if len(steps) <= args.dream_context:
-        raise runs.UserError(f"the episode ended after {len(steps)} timesteps; "
-                             "lower --dream-context.")
-    arrays = {name: np.stack([getattr(step, name) for step in steps]) for name in Batch._fields
-              if name != "action" and getattr(steps[0], name) is not None}
-    arrays["is_first"][0] = True
-    batch = Batch(**{"image": None, "vector": None, "action": torch.from_numpy(np.stack(actions))}
-                  | {name: torch.from_numpy(array) for name, array in arrays.items()})
-    videos = open_loop(agent, batch, args.dream_context)
-    paths = [run_dir / "videos" / "dream.gif", run_dir / "videos" / "dream.png"]
-    paths[0].parent.mkdir(exist_ok=True)
-    video.save_gif(paths[0], video.side_by_side(videos, args.dream_context))
-    video.save_strip(paths[1], np.stack(list(videos.values())), every=max(1, length // 10))
-    print("what happened | reconstruction | imagination:", *paths)
-    return paths
-
-
 # ------------------------------------------------------------------------------------- 11 main loop
-def use_bf16(args: Args, device: torch.device) -> bool:
-    """Whether to multiply in bfloat16: where the hardware does it natively and it pays."""
-    if args.amp != "auto":
-        return args.amp == "on"
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-        torch.cpu._is_avx512_bf16_supported())
-    return native and args.units >= 256
-
-
 def first_update(args: Args, world: int) -> int:
     """Timestep of the first update: --learning-starts, but each ring must hold a whole window."""
     whole_windows = args.num_envs * world * args.batch_length
@@ -1289,223 +1250,47 @@ def first_update(args: Args, world: int) -> int:
 def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
     """Updates to make now, so that every timestep is replayed `train_ratio` times on average."""
     steps, replayed = step - first_update(args, world), args.batch_size * args.batch_length
-    return 1 + int(steps * args.train_ratio / replayed) - done if steps >= 0 else 0
-
-
-def random_action(spec: EnvSpec, num_envs: int) -> np.ndarray:
-    """Uniformly random actions (P, A): one-hot, or within [-1, 1]."""
-    if spec.discrete:
-        chosen = np.random.randint(spec.action_dim, size=num_envs)
-        return np.eye(spec.action_dim, dtype=np.float32)[chosen]
-    return np.random.uniform(-1, 1, (num_envs, spec.action_dim)).astype(np.float32)
-
-
-def collect(agent: Agent, envs: Envs, replay: ReplayBuffer, carry: State | None,
-            action: np.ndarray | None, explore: bool) -> tuple[EnvStep, State, np.ndarray]:
-    """Step the environments with the last action, choose the next one, store the row.
-
-    `carry` and `action` are None at first; with `explore` the action is random, but the state is
-    kept up to date. The action comes back in numpy as well: to fetch it from a GPU in the next turn
-    would be to wait for the update that was queued behind it.
-    """
-    obs = envs.reset() if action is None else envs.step(action)
-    carry = carry or agent.blank_state(envs.num_envs)
-    carry = agent.act(obs, carry)
-    action = random_action(agent.spec, envs.num_envs) if explore else carry.action.cpu().numpy()
-    action[obs.is_last] = 0  # at the end of an episode nothing is chosen
-    replay.add(obs, action)
-    return obs, carry._replace(action=on_device(torch.from_numpy(action), agent.device)), action
+    return args.pretrain + int(steps * args.train_ratio / replayed) - done if steps >= 0 else 0
 
 
 def train(args: Args, run_dir: Path | None) -> None:
     """The whole run, or the rest of the one in `run_dir`."""
-    accelerator = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
-    rank, world, local_rank = runs.setup_distributed(accelerator)
-    if args.batch_size % world:
-        raise runs.UserError(f"--batch-size {args.batch_size} does not divide among {world} "
-                             "processes.")
-    device = torch.device(accelerator, local_rank) if accelerator == "cuda" else torch.device("cpu")
-    runs.seed_everything(args.seed, args.torch_deterministic)
-    runs.keep_freed_memory()
-    saved = runs.load_checkpoint(run_dir / "checkpoint.pt", SCRIPT, device) if run_dir else None
-    if saved and len(saved["ranks"]) != world:
-        raise runs.UserError(f"the run was made by {len(saved['ranks'])} processes, not {world}; "
-                             "start as many.")
-    seed = args.seed + 1_000 * rank + 1_000_000 * (saved["step"] if saved else 0)
-    envs = Envs(args.env_config, args.num_envs, seed, args.max_env_restarts, args.env_timeout,
-                args.env_seed)
-    agent = Agent(args, envs.spec, device)
-    run_dir = run_dir or open_run(args, rank)
-    replay = open_replay(args, run_dir, envs.spec, rank, world)
-    feeder = Feeder(replay, device, args.batch_size // world, args.batch_length)
-    if rank:  # the same weights on every rank, but not the same draws
-        runs.seed_everything(seed, args.torch_deterministic)
-    step = restore(saved, agent, feeder, rank) if saved else 0
-    if rank == 0:
-        greet(args, run_dir, replay, agent, updates_due(args, args.total_timesteps, 0, world))
-    logger = runs.Logger(run_dir, args.total_timesteps, step, rank == 0, args.track,
-                         args.wandb_project_name, asdict(args))
-    progress = Progress(step, agent.updates)
-    episodes = video.EpisodeVideos(run_dir / "videos") if args.capture_video and rank == 0 else None
-    agent.update = GraphedUpdate(agent) if agent.graphed else agent.train_step
-    try:
-        with runs.GracefulExit() as stop:
-            save(run_dir, agent, feeder, step)  # so that there is always something to resume
-            run_loop(args, run_dir, envs, agent, feeder, logger, episodes, stop, progress)
-            save(run_dir, agent, feeder, progress.step)
-            if stop.error:
-                raise stop.error
-    finally:
-        agent.update = None  # nccl waits for ever for a CUDA graph that holds its collectives
-        logger.close()
-        envs.close()
-        if episodes:
-            episodes.close()
-    if rank == 0 and progress.step < args.total_timesteps:
-        print(f"stopped and saved; go on with: python {SCRIPT}.py --resume {run_dir}")
+    with Run(SCRIPT, args, run_dir) as run:
+        envs = Envs(args.env_config, args.num_envs, run.seed, args.max_env_restarts,
+                    args.env_timeout, args.env_seed)
+        agent = Agent(args, envs.spec, run.device)
+        replay = run.open_replay(ReplayBuffer, envs.spec, args.capacity)
+        feeder = Feeder(replay, run.device, args.batch_size // run.world, args.batch_length)
+        run.start(envs, agent, feeder, open_loop,
+                  planned=updates_due(args, args.total_timesteps, 0, run.world))
 
-
-def run_loop(args: Args, run_dir: Path, envs: Envs, agent: Agent, feeder: Feeder,
-             logger: runs.Logger, episodes: video.EpisodeVideos | None, stop: runs.GracefulExit,
-             progress: Progress) -> None:
-    """Act, store, train, log, save; until the last timestep or until told to stop."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    # A replayed sequence starts with is_first, so the state that is carried into it plays no part.
-    carry, action, idle = None, None, agent.blank_state(feeder.shape[0])
-    last_return = math.nan
-    while progress.step < args.total_timesteps and not any_rank(stop.requested):
-        obs, explore = None, progress.step < first_update(args, world)
-        try:
+        obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
+        blank = agent.zero_state(args.batch_size // run.world)  # a window starts with is_first
+        while run.step < args.total_timesteps and not run.stopping():
             if not args.offline:
-                obs, carry, action = collect(agent, envs, feeder.replay, carry, action, explore)
-            if episodes and obs:
-                episodes.add(envs.render, obs.is_first[0])
-        except (EnvError, OSError) as error:  # what was learnt is not broken: `train` saves it
-            stop.requested, stop.error = True, error
-            if obs is None and world == 1:
-                break  # several processes end this turn and stop together
-        progress.advance(envs.num_envs * world)
-        for env in np.flatnonzero(obs.is_last) if obs else ():
-            last_return = obs.episode_return[env]
-            logger.scalars({"charts/episodic_return": last_return,
-                            "charts/episodic_length": obs.episode_length[env]}, progress.step)
-
-        # On a GPU this only queues work, which runs while the environments take their next step.
-        # Right after a resume there may be no whole window to replay yet.
-        empty = not feeder.replay.windows(args.batch_length)
-        due = updates_due(args, progress.step, agent.updates, world)
-        for _ in range(0 if any_rank(empty) else due):
-            agent.update(feeder.next(), idle)
-            feeder.prepare()
-            if agent.device.type == "cpu":
-                finite(agent.metrics, agent.updates)
-
-        if progress.due(args.log_every):
-            speeds = progress.speeds(agent.updates)
-            logger.scalars(speeds | finite(agent.metrics, agent.updates), progress.step)
-        if progress.due(args.video_every) and agent.updates and not empty:
-            batch = feeder.replay.sample(1, args.batch_length, np.random.default_rng(progress.step))
-            context = min(args.dream_context, args.batch_length - 1)
-            panels = open_loop(agent, batch, context)
-            logger.video("open_loop", video.side_by_side(panels, context), progress.step)
-        if progress.due(args.checkpoint_every):
-            logger.flush()  # what is logged up to here is never logged again
-            save(run_dir, agent, feeder, progress.step)
-        logger.progress(progress.step, episodic_return=last_return, updates=agent.updates)
-
-
-def open_replay(args: Args, run_dir: Path, spec: EnvSpec, rank: int, world: int) -> ReplayBuffer:
-    """The replay of this run, or with --offline that of another, whose files are only read."""
-    folder = Path(args.offline or run_dir) / "replay"
-    if world > 1 and not (args.offline and (folder / "rows.npy").exists()):
-        folder /= f"rank{rank}"  # a recording made by one process serves them all
-    num_envs, capacity = args.num_envs, max(args.batch_length, math.ceil(args.capacity / world))
-    try:
-        if args.offline or folder.exists():  # on a resume, too, the rings keep their size
-            num_envs, capacity = runs.array_shape(folder / "reward.npy")[:2]
-        replay = ReplayBuffer(folder, spec, capacity, num_envs, args.seed + rank, not args.offline)
-        if args.offline and not replay.windows(args.batch_length):
-            raise runs.UserError(f"{folder} holds {replay.count} rows per environment, fewer than "
-                                 f"--batch-length {args.batch_length}.")
-        return replay
-    except runs.UserError:
-        if not (run_dir / "checkpoint.pt").exists():  # a new run that cannot begin leaves nothing
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
-
-
-def open_run(args: Args, rank: int) -> Path:
-    """Make a new run directory with its args.json; every rank gets the same one."""
-    shared = [None]
-    if rank == 0:
-        shared = [runs.create_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)]
-        runs.save_args(shared[0], SCRIPT, asdict(args))
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)
-    return shared[0]
-
-
-def greet(args: Args, run_dir: Path, replay: ReplayBuffer, agent: Agent, updates: int) -> None:
-    """Say where the run is, what it will take, and how to make it comfortable."""
-    millions = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
-    print(f"run directory: {run_dir}")
-    print(f"replay buffer: {replay.capacity * replay.num_envs:,} timesteps, "
-          f"{replay.gibibytes:.2f} GiB of disk{' per rank' * dist.is_initialized()}")
-    print(f"agent: size {args.size}, {millions:.2f} million parameters, on {agent.device}"
-          f"{' in bfloat16' if agent.bf16 else ''}")
-    if not updates:
-        print("no update will be made: raise --total-timesteps, or lower --learning-starts")
-    elif agent.device.type == "cpu" and args.units > SIZES["XXS"]["units"]:
-        print(f"no GPU: {updates:,} updates of seconds each are ahead, for days; comfortable on a "
-              "laptop: --size XXS --train-ratio 64, or a vector environment such as CartPole-v1")
-
-
-def save(run_dir: Path, agent: Agent, feeder: Feeder, step: int) -> None:
-    """Replay rows to disk first, then the checkpoint that refers to them; never a broken state."""
-    finite(agent.metrics, agent.updates)
-    feeder.replay.flush()
-    mine = {"replay": feeder.replay.state_dict(), "rng": runs.rng_state(agent.device)}
-    ranks = [mine]
-    if dist.is_initialized():
-        ranks = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
-        if dist.get_rank() > 0:
-            return
-    adam = {name: adam.state_dict()["state"] for name, adam in agent.optimizers().items()}
-    state = {"step": step, "updates": agent.updates, "agent": agent.state_dict(), "adam": adam}
-    runs.save_checkpoint(run_dir / "checkpoint.pt", state | {"ranks": ranks}, SCRIPT)
-
-
-def restore(saved: dict, agent: Agent, feeder: Feeder, rank: int) -> int:
-    """Undo `save`; returns the timestep."""
-    agent.load_state_dict(saved["agent"])
-    agent.updates = saved["updates"]
-    for name, adam in agent.optimizers().items():  # learning rates are this call's, not the file's
-        adam.load_state_dict(adam.state_dict() | {"state": saved["adam"][name]})
-    feeder.replay.load_state_dict(saved["ranks"][rank]["replay"])
-    runs.set_rng_state(saved["ranks"][rank]["rng"], agent.device)
-    return saved["step"]
+                random = run.step < first_update(args, run.world)
+                state = agent.act(obs, state, random=random)  # act
+                action = state.action.cpu().numpy()
+                replay.add(obs, action)  # store
+            run.step += args.num_envs * run.world
+            for _ in range(feeder.ready() * updates_due(args, run.step, agent.updates, run.world)):
+                metrics = agent.train_step(feeder.next(), blank)  # train; a GPU works on it while
+                feeder.prepare()  # the next batch is drawn and the environments step
+            run.log_and_save(obs, metrics)  # log
+            if not args.offline:
+                obs = envs.step(action)  # step
 
 
 def main() -> None:
-    """Train, resume, evaluate or dream; mistakes of the user get one line and exit status 1."""
-    fixed = {"env_id", "size", *SIZES["S"], "mlp_units", "mlp_layers", "stoch", "classes", "bins",
-             "num_envs", "buffer_size", "image_size", "grayscale", "train_ratio", "batch_size",
-             "batch_length", "learning_starts",  # from train_ratio on: the schedule of updates
-             "offline"}
-    try:
-        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], fixed)
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        if args.evaluate or args.dream:  # compiling takes longer than playing; no episode is filmed
-            args = replace(args, compile=False, capture_video=False)
-        mode = evaluate if args.evaluate else dream if args.dream else train
-        mode(args, run_dir)
-    except (runs.UserError, EnvError, OSError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    """Train, resume, evaluate or dream; a mistake of the user gets one line and exit status 1."""
+    with one_line_errors():
+        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0])
+        if args.evaluate:
+            evaluate(args, load_agent(Agent, args, run_dir, SCRIPT))
+        elif args.dream:
+            dream(args, run_dir, load_agent(Agent, args, run_dir, SCRIPT), open_loop, to_batch)
+        else:
+            train(args, run_dir)
 
 
 if __name__ == "__main__":

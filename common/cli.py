@@ -1,39 +1,72 @@
 """From the command line to `Args`: new runs, and runs that a directory remembers."""
 
 import argparse
+import inspect
 import math
-from dataclasses import fields
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, field, fields, make_dataclass
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import torch.distributed as dist
 import tyro
 
-from common.runs import UserError, load_args
+from common.envs import EnvError, env_spec, make_env
+from common.files import UserError
+from common.rundir import MODES, load_args
 
-MODES = ("resume", "evaluate", "dream")  # flags of `Args` that name a run directory
+KEPT = "(a resume keeps these)"  # the mark of a group of `Args`
+RENAMED = {"horizon": "imag-horizon", "eval-mode": "eval-greedy",  # old flag: new flag
+           "discount-horizon": "gamma (1 - 1 / discount horizon)"}
 
 
-def parse(args_type: type, script: str, description: str, fixed: set[str]):
+@contextmanager
+def one_line_errors():
+    """Mistakes of the user get one line and exit status 1, Ctrl-C one line and exit status 130."""
+    try:
+        yield
+    except (UserError, EnvError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parse(args_type: type, script: str, description: str, tasks: dict[str, dict] | None = None):
     """Arguments, and the run directory if one of MODES names one.
 
-    Flags that are given win over what the run directory holds, except for the fields `fixed`, which
-    its networks and its replay buffer depend on. Raises UserError, one line.
+    Flags that are given win over what the run directory holds, except for the groups of `Args`
+    that say "(a resume keeps these)". Raises UserError, one line.
+
+    tasks: what a new run fills in where a field is still None, for "discrete" and for "continuous"
+    actions.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for mode in MODES:
         finder.add_argument(f"--{mode}")
-    given = {mode: path for mode, path in vars(finder.parse_known_args()[0]).items() if path}
+    found, others = finder.parse_known_args()
+    for flag in (word.partition("=")[0] for word in others):
+        if new := RENAMED.get(flag.removeprefix("--").removeprefix("no-")):
+            raise UserError(f"{flag} is now --{new}.")
+    given = {mode: path for mode, path in vars(found).items() if path}
     if not given:
-        return tyro.cli(args_type, description=description), None
+        defaults = {f.name: f.default for f in fields(args_type)}
+        args = read_flags(args_type, description, defaults)
+        return for_task(args, tasks) if tasks else args, None
     if len(given) > 1:
         raise UserError(f"{' and '.join(f'--{mode}' for mode in given)} exclude each other.")
     (mode, path), = given.items()
     run_dir = Path(path)
-    stored = load_args(run_dir, script)
-    if unknown := stored.keys() - {field.name for field in fields(args_type)}:
-        raise UserError(f"{run_dir}/args.json has settings that this version does not know: "
-                        f"{', '.join(sorted(unknown))}; use the version that wrote it.")
-    original = args_type(**stored)
-    args = tyro.cli(args_type, description=description, default=original)
+    original = stored_args(args_type, run_dir, script)
+    args = read_flags(args_type, description, asdict(original))
+    fixed = {name for title, group in groups_of(args_type).items() for name in group
+             if title.endswith(KEPT)} | {"offline"}
     for name in sorted(fixed - ({"num_envs"} if mode != "resume" else set())):
         if getattr(args, name) != getattr(original, name):
             flag = name.replace("_", "-")
@@ -42,12 +75,117 @@ def parse(args_type: type, script: str, description: str, fixed: set[str]):
     return args, run_dir
 
 
-def check_numbers(args, may_be_zero: set[str]) -> None:
-    """Raise UserError, one line, for a number in `args` that is negative, not finite, or 0."""
-    for field in fields(args):
-        value, floor = getattr(args, field.name), field.name in may_be_zero
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if not math.isfinite(value) or value < 0 or (value == 0 and not floor):
-            raise UserError(f"--{field.name.strip('_').replace('_', '-')} is {value}; "
-                            f"it must be {'at least' if floor else 'above'} 0.")
+def fill(args, presets: dict[str, Any]) -> None:
+    """Put presets in the place of fields that are None; `args` may be a frozen dataclass."""
+    for name, value in presets.items():
+        if getattr(args, name) is None:
+            object.__setattr__(args, name, value)
+
+
+def for_task(args, tasks: dict[str, dict]):
+    """`args`, filled with the setting for the kind of actions that its environment has."""
+    env = make_env(args.env_config)
+    kind = "discrete" if env_spec(env).discrete else "continuous"
+    env.close()
+    presets = {name: value for name, value in tasks[kind].items() if getattr(args, name) is None}
+    fill(args, presets)
+    args.check()
+    print(f"{kind} actions, so: "
+          + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in presets.items()))
+    return args
+
+
+def read_flags(args_type: type, description: str, defaults: dict[str, Any]):
+    """The command line as an `args_type`; `--help` shows its fields in titled groups."""
+    groups = []
+    for number, (title, helps) in enumerate(groups_of(args_type).items()):
+        hints = {f.name: f.type for f in fields(args_type) if f.name in helps}
+        group = make_dataclass(f"Group{number}", [
+            (name, Annotated[hint, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help=helps[name])],
+             field(default=defaults[name])) for name, hint in hints.items()])
+        name, _, note = title.partition(" (")
+        named = Annotated[group, tyro.conf.arg(name=name, help=note.removesuffix(")"))]
+        groups.append((f"group{number}", named, field(default_factory=group)))
+    integers = tyro.constructors.ConstructorRegistry()
+    integers.primitive_rule(integer_rule)
+    parsed = tyro.cli(make_dataclass("Flags", groups), description=description, registry=integers)
+    values = asdict(parsed).values()
+    return args_type(**{name: value for group in values for name, value in group.items()})
+
+
+def groups_of(args_type: type) -> dict[str, dict[str, str]]:
+    """Title -> field -> help, from the comments in the source of a dataclass.
+
+    A comment line below an empty line is the title of the fields that follow, with a note in
+    brackets if need be; the comment at the end of a field's line is its help.
+    """
+    names, groups, before = {f.name for f in fields(args_type)}, {}, ""
+    title = "general"
+    for line in inspect.getsource(args_type).splitlines():
+        if (heading := re.fullmatch(r"    # (.+)", line)) and not before.strip():
+            title = heading[1]
+        declared = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
+        if declared and declared[1] in names:
+            groups.setdefault(title, {})[declared[1]] = declared[2] or ""
+        before = line
+    return groups
+
+
+def integer_rule(info: tyro.constructors.PrimitiveTypeInfo):
+    """How tyro reads an int: 1e5 is one, too."""
+    def read(words: list[str]) -> int:
+        try:
+            return int(words[0])
+        except ValueError:
+            if float(words[0]).is_integer():
+                return int(float(words[0]))
+            raise
+
+    return None if info.type is not int else tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="INT", instance_from_str=read, str_from_instance=lambda x: [str(x)],
+        is_instance=lambda x: isinstance(x, int))
+
+
+def stored_args(args_type: type, run_dir: Path, script: str):
+    """The `Args` that a run directory remembers."""
+    stored, known = load_args(run_dir, script), {f.name: f.type for f in fields(args_type)}
+    if unknown := stored.keys() - known.keys():
+        raise UserError(f"{run_dir}/args.json has settings that this version does not know: "
+                        f"{', '.join(sorted(unknown))}; use the version that wrote it.")
+    for name, value in stored.items():
+        if not fits(value, known[name]):
+            raise UserError(f"{run_dir}/args.json holds {value!r} for {name}; restore the file.")
+    return args_type(**{name: tuple(value) if isinstance(value, list) else value
+                        for name, value in stored.items()})
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value`, which JSON gave, is of the type of a field."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(fits(part, get_args(hint)[0]) for part in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint or (hint is type(None) and value is None)
+
+
+def check_numbers(args, may_be_zero: set[str], shares: dict[str, float]) -> None:
+    """Raise UserError, one line, for a number in `args` that is negative, not finite, or 0.
+
+    `shares`: the largest value that a field may have, such as 1, or 100 for percent. The numbers of
+    a tuple are seeds, which may be 0.
+    """
+    for name, value in vars(args).items():
+        is_tuple, flag = isinstance(value, tuple), f"--{name.replace('_', '-')}"
+        for number in value if is_tuple else (value,):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            floor = is_tuple or name in may_be_zero
+            if not math.isfinite(number) or number < 0 or (number == 0 and not floor):
+                raise UserError(f"{flag} is {number}; it must be "
+                                f"{'at least' if floor else 'above'} 0.")
+            if number > shares.get(name, math.inf):
+                raise UserError(f"{flag} is {number}; it must be at most {shares[name]}.")

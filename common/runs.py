@@ -1,277 +1,36 @@
-"""What surrounds a run: its directory, checkpoint files, log, seeds, signals and processes.
+"""A run: when to log, save and stop, and what it says of itself."""
 
-With several processes only rank 0 makes files; the others give their Logger enabled=False.
-"""
-
-import ctypes
-import errno
-import itertools
-import json
 import math
 import os
-import random
 import shutil
 import signal
-import sys
 import time
-from contextlib import contextmanager, suppress
+from collections import deque
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+import torch.distributed as dist
 
-from common.video import gif_bytes
+from common.devices import (keep_freed_memory, max_over_ranks, prepare_torch, rng_state,
+                            seed_everything, set_rng_state, setup_distributed)
+from common.envs import EnvError, EnvSpec
+from common.files import UserError, read_array
+from common.logger import Logger, finite
+from common.rundir import (create_run_dir, load_checkpoint, own_run_dir, save_args,
+                           save_checkpoint)
+from common.video import EpisodeVideos, as_frames, side_by_side
 
-FORMAT_VERSION = 1  # layout of args.json and checkpoint.pt
-CURES = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space in your disk quota",
-         errno.EFBIG: "raise the file-size limit (ulimit -f)"}
-
-
-class UserError(Exception):
-    """One line that says what is wrong and what to do about it; nobody needs its traceback."""
-
-
-def free_disk(path: Path | str) -> int:
-    """Bytes that can still be written where `path` is, or will be."""
-    place = Path(path).absolute()
-    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
-
-
-@contextmanager
-def _explain_write(path: Path | str, note: str = ""):
-    """Turn a failed write into a UserError with the path, the free space and the cure."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch.save hides the OSError behind a RuntimeError about an unexpected file position.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        parts = [f"cannot write {path}: {cause.strerror or cause}",
-                 f"{free_disk(path) / 2**30:.2f} GiB free", note, CURES.get(cause.errno, "")]
-        raise UserError("; ".join(part for part in parts if part)) from error
-
-
-@contextmanager
-def _replace_when_done(path: Path):
-    """Yield a file that takes the place of `path` only when it is whole and on the disk.
-
-    Killed at any moment, `path` holds all of the old content or all of the new.
-    """
-    temporary = path.with_name(path.name + ".tmp")  # a fixed name: leftovers do not pile up
-    with _explain_write(path, f"the previous {path.name} is intact" if path.exists() else ""):
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:  # an interrupt as well
-            temporary.unlink(missing_ok=True)
-            raise
-    with suppress(OSError):  # Windows cannot sync a directory
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # or a power cut undoes the rename
-        finally:
-            os.close(directory)
-
-
-def reserve_file(path: Path | str, nbytes: int) -> None:
-    """Give `path` at least nbytes on the disk, keeping what it holds.
-
-    A memory-mapped write that finds the disk full kills the process (SIGBUS) without a message;
-    after this there is none. macOS cannot reserve: there we can only compare with what is free.
-    """
-    with _explain_write(path, f"{nbytes / 2**30:.2f} GiB needed"):
-        with open(path, "ab") as file:
-            held = os.fstat(file.fileno()).st_size
-            try:
-                os.posix_fallocate(file.fileno(), 0, nbytes)
-            except AttributeError:
-                if nbytes - held > free_disk(path):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-                file.truncate(max(nbytes, held))
-            except OSError:
-                file.truncate(held)  # give back the part that it got
-                raise
-
-
-def open_array(path: Path, dtype: type, shape: tuple[int, ...], writable: bool = True) -> np.memmap:
-    """Memory-mapped `.npy` of zeros, all of its disk space reserved; an existing one is kept.
-
-    With writable=False the file must be there, and stays as it is. Raises UserError if the disk is
-    full or if the file is missing, damaged or has another shape or type.
-    """
-    with _explain_write(path):
-        if not path.exists() and not writable:
-            raise UserError(f"{path} is missing; the recording is of another kind of environment")
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _replace_when_done(path) as file:
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                file.flush()
-                reserve_file(file.name, file.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
-        try:
-            found = np.lib.format.open_memmap(path, "r")  # "r+" would lengthen a file cut short
-        except ValueError as error:
-            raise UserError(f"{path} is damaged or no .npy file; restore it from a copy") from error
-        if (found.dtype, found.shape) != (np.dtype(dtype), shape):
-            raise UserError(f"{path} holds {found.dtype} {found.shape}, not {np.dtype(dtype)} "
-                            f"{shape}; the run was made with other settings")
-        if not writable:
-            return found
-        reserve_file(path, path.stat().st_size)  # a copy may have come out sparse
-        return np.lib.format.open_memmap(path, "r+")
-
-
-def array_shape(path: Path) -> tuple[int, ...]:
-    """Shape, of at least two dimensions, of a `.npy` file that must be there."""
-    try:
-        shape = np.load(path, mmap_mode="r").shape
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}; give a run directory with a replay buffer") from error
-    if len(shape) < 2:
-        raise UserError(f"{path} has shape {shape}, not (num_envs, capacity, ...); for one "
-                        "environment write array[None]")
-    return shape
-
-
-def create_run_dir(root: Path | str, env_id: str, exp_name: str, seed: int) -> Path:
-    """Make <root>/<env-id>__<exp-name>__<seed>__<time>, never one that is already there."""
-    label = f"{env_id}__{exp_name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    name = label.replace("/", "_").replace(":", "_")
-    with _explain_write(root):
-        Path(root).mkdir(parents=True, exist_ok=True)
-        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(1))):
-            with suppress(FileExistsError):  # another run started in this second
-                (Path(root) / (name + suffix)).mkdir()
-                return Path(root) / (name + suffix)
-
-
-def _check_header(path: Path, found: object, script: str, content: str = "script") -> None:
-    layout = found.get("format") if isinstance(found, dict) else None
-    if not isinstance(layout, int) or not {"script", content} <= found.keys():
-        raise UserError(f"{path} is not a file that this project wrote; check the directory")
-    if layout != FORMAT_VERSION:
-        age = "an older" if layout < FORMAT_VERSION else "a newer"
-        raise UserError(f"{path} was written by {age} layout {layout}, this is {FORMAT_VERSION}; "
-                        "use the version of the code that wrote it, or start a new run")
-    if found["script"] != script:
-        raise UserError(f"{path} was written by {found['script']}, this is {script}; "
-                        f"use python {found['script']}.py")
-
-
-def save_args(run_dir: Path | str, script: str, args: dict) -> None:
-    content = {"format": FORMAT_VERSION, "script": script, "args": args}
-    with _replace_when_done(Path(run_dir) / "args.json") as file:
-        file.write(json.dumps(content, indent=2).encode())
-
-
-def load_args(run_dir: Path | str, script: str) -> dict:
-    """The arguments that `script` saved. JSON has no tuples: they come back as lists."""
-    path = Path(run_dir) / "args.json"
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{run_dir} is not a run directory (args.json: {error.strerror}); "
-                        "give one under runs/") from error
-    except ValueError as error:
-        raise UserError(f"{path} is empty or not JSON; restore it or start a new run") from error
-    _check_header(path, found, script, content="args")
-    return found["args"]
-
-
-def save_checkpoint(path: Path | str, state: dict, script: str) -> None:
-    """Write tensors and plain data; a crash or a full disk leaves the previous checkpoint whole."""
-    with _replace_when_done(Path(path)) as file:
-        torch.save({**state, "format": FORMAT_VERSION, "script": script}, file)
-        file.flush()
-        # Find out now, not on the day of the resume, that load_checkpoint would refuse something.
-        if refused := torch.serialization.get_unsafe_globals_in_checkpoint(file.name):
-            raise TypeError(f"a checkpoint takes tensors and plain data only, not {refused}")
-
-
-def load_checkpoint(path: Path | str, script: str, device: torch.device | str) -> dict:
-    """Read a checkpoint of `script`. weights_only: a file from a stranger cannot run code."""
-    try:
-        found = torch.load(path, map_location=device, weights_only=True)
-    except (torch.OutOfMemoryError, MemoryError):  # says nothing about the file
-        raise
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; was the run stopped before "
-                        "its first checkpoint?") from error
-    except Exception as error:  # pickle and zip raise nearly everything
-        raise UserError(f"{path} is cut short, damaged or no checkpoint of this project; "
-                        "restore a copy of it or start a new run") from error
-    _check_header(Path(path), found, script)
-    return found
-
-
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed Python, NumPy and torch on all devices; with several ranks give each its own seed."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = not deterministic  # its choice depends on timing
-
-
-def keep_freed_memory() -> None:
-    """Let malloc keep large blocks that torch frees instead of giving them back to the kernel.
-
-    Each update allocates the same tensors again; getting them zeroed from the kernel every time
-    cost 23% (tiny networks) and 35% (size S, bfloat16) of an update on a CPU. The price is a higher
-    peak of memory (size S: 1.9 to 2.2 GB). Linux with glibc only.
-    """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: take blocks below 1 GiB from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
-
-
-def rng_state(device: torch.device | str) -> dict:
-    """What seed_everything seeded, as it stands now, as plain data and tensors."""
-    name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
-             "torch": torch.get_rng_state()}
-    if torch.device(device).type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict, device: torch.device | str) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"].cpu())  # load_checkpoint moved it to the device
-    if torch.device(device).type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-def setup_distributed(device_type: str) -> tuple[int, int, int]:
-    """(rank, world size, local rank) under torchrun, with the group joined; else (0, 1, 0)."""
-    if "LOCAL_RANK" not in os.environ:
-        return 0, 1, 0
-    rank, world, local = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if device_type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} has no GPU, this machine has "
-                            f"{torch.cuda.device_count()}; lower --nproc-per-node")
-        torch.cuda.set_device(local)  # nccl deadlocks when two share a GPU
-    # gloo beside nccl: what only the CPUs need to agree on must not wait for the GPUs.
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo")
-    return rank, world, local
+CHECKPOINT_SECONDS = 600  # the longest time between two checkpoints
 
 
 class GracefulExit:
     """Within it, Ctrl-C and SIGTERM only set `requested`; a Ctrl-C after that stops at once."""
 
     def __init__(self):
-        self.requested, self.error = False, None  # error: what the caller stops for, if anything
+        self.requested = False
 
     def __enter__(self):
         self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -289,72 +48,269 @@ class GracefulExit:
             os.write(2, b"\nStopping after this step; Ctrl-C stops at once and saves nothing.\n")
 
 
-class Logger:
-    """TensorBoard, a progress bar and, if `track`, Weights & Biases; with enabled=False, nothing.
+class Run:
+    """What surrounds the main loop of a new run, or of the rest of the one in `run_dir`.
 
-    On resume, what the killed run logged after its last checkpoint is struck out (purge_step).
-    A video is some 100 kB that stays in the event file: whoever calls `video` sets the cadence.
+    With several processes only rank 0 makes files, except for the replay; all ranks begin, save and
+    leave together. As a context manager it saves at the end, and on an EnvError, for nothing
+    learnt is lost then; on any other error the last checkpoint stays as it is.
     """
 
-    def __init__(self, run_dir: Path | str, total_steps: int, initial_step: int = 0,
-                 enabled: bool = True, track: bool = False, wandb_project: str | None = None,
-                 hyperparameters: dict | None = None):
-        self.writer = self.wandb = None
-        self.run_dir = Path(run_dir)
-        # A log file gets one line of the bar per minute instead of ten per second.
-        self.bar = tqdm(total=total_steps, initial=initial_step, disable=not enabled, unit=" steps",
-                        mininterval=0.1 if sys.stderr.isatty() else 60, dynamic_ncols=True)
-        if not enabled:
-            return
-        if track:  # first: it hooks into SummaryWriter
-            self._start_wandb(wandb_project, hyperparameters)
-        with _explain_write(run_dir):
-            self.writer = SummaryWriter(str(run_dir), flush_secs=10,
-                                        purge_step=initial_step + 1 if initial_step else None)
-        if hyperparameters and not initial_step:
-            rows = [f"|{name}|{value}|" for name, value in hyperparameters.items()]
-            self.writer.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]))
+    def __init__(self, script: str, args, run_dir: Path | None):
+        """Join the other processes, seed, and read the checkpoint of a resume."""
+        self.script, self.args, self.dir, self.is_new = script, args, run_dir, run_dir is None
+        accelerator = prepare_torch(args.cuda, args.threads)
+        self.rank, self.world, local_rank = setup_distributed(accelerator)
+        self.device = torch.device(accelerator, *[local_rank] * (accelerator == "cuda"))
+        if args.batch_size % self.world:
+            raise UserError(f"--batch-size {args.batch_size} does not divide among {self.world} "
+                            "processes.")
+        self.saved = load_checkpoint(run_dir / "checkpoint.pt", script) if run_dir else None
+        if self.saved and len(self.saved["ranks"]) != self.world:
+            raise UserError(f"the run was made by {len(self.saved['ranks'])} processes, not "
+                            f"{self.world}; start as many.")
+        self.lock = own_run_dir(run_dir) if run_dir and self.rank == 0 else None
+        self.step = self.began = self.before = self.saved["step"] if self.saved else 0
+        self.seed = args.seed + 1_000 * self.rank + 1_000_000 * self.step
+        seed_everything(args.seed, args.torch_deterministic)
+        keep_freed_memory()
+        self.stop, self.exit, self.error = GracefulExit(), ExitStack(), None
+        self.metrics, self.filmed, self.started, self.overdue = {}, 0, False, False
+        self.parent = os.getppid()
 
-    def _start_wandb(self, project: str | None, hyperparameters: dict | None) -> None:
+    def __enter__(self):
+        return self
+
+    def open_replay(self, replay_type: type, spec, capacity: int):
+        """The replay of this run, or with --offline that of another, whose files are only read.
+
+        A new run gets its directory here, once environments and networks have been built.
+        """
+        args, self.dir = self.args, self.dir or self.make_dir()
+        folder = Path(args.offline or self.dir) / "replay"
+        if self.world > 1 and not (args.offline and (folder / "rows.npy").exists()):
+            folder /= f"rank{self.rank}"  # a recording made by one process serves them all
+        num_envs, capacity = args.num_envs, max(args.batch_length, math.ceil(capacity / self.world))
+        if args.offline or not self.is_new:  # the rings keep their size
+            read_array(folder / "rows.npy")  # which is made last
+            shape = read_array(folder / "reward.npy").shape
+            if len(shape) != 2:
+                raise UserError(f"{folder}/reward.npy has shape {shape}, not (num_envs, capacity); "
+                                "for one environment write array[None]")
+            num_envs, capacity = shape
+        replay = replay_type(folder, spec, capacity, num_envs, args.seed + self.rank,
+                             not args.offline)
+        if args.offline and not replay.windows(args.batch_length):
+            raise UserError(f"{folder} holds {replay.rings.count} rows per environment, fewer than "
+                            f"--batch-length {args.batch_length}.")
+        return replay
+
+    def make_dir(self) -> Path:
+        """A new run directory, with its args.json; every rank gets the same one."""
+        args, shared = self.args, [None]
+        if self.rank == 0:
+            shared = [create_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)]
+            self.lock = own_run_dir(shared[0])
+            save_args(shared[0], self.script, asdict(args))
+        if dist.is_initialized():
+            dist.broadcast_object_list(shared)
+        return shared[0]
+
+    def start(self, envs, agent, feeder, open_loop, planned: int) -> None:
+        """Restore the checkpoint, or write the first one; greet, and open the log.
+
+        `open_loop(agent, batch, context)` gives videos, or vector series, by name; `planned` counts
+        the updates of the whole run.
+        """
+        args, is_first = self.args, self.rank == 0
+        self.envs, self.agent, self.feeder, self.open_loop = envs, agent, feeder, open_loop
+        self.exit.enter_context(self.stop)
+        self.exit.callback(envs.close)
+        self.episodes, self.returns = 0, deque(maxlen=10)
+        if self.rank:  # the same weights on every rank, but not the same draws
+            seed_everything(self.seed, args.torch_deterministic)
+        if self.saved:
+            self.restore()
+        if is_first:
+            self.greet(planned)
+        self.logger = Logger(self.dir, args, self.step, agent.updates, not self.is_new, is_first)
+        self.exit.callback(self.logger.close)
+        is_filmed = args.capture_video and is_first and not args.offline
+        self.films = EpisodeVideos(self.dir / "videos") if is_filmed else None
+        if self.films:
+            self.exit.callback(self.films.close)
+        if hasattr(agent.learn, "free"):  # nccl waits for ever for a CUDA graph of its collectives
+            self.exit.callback(agent.learn.free)
+        self.last_save = time.monotonic()
+        if self.is_new:
+            self.save()  # so that there is always something to resume
+        elif is_first:
+            save_args(self.dir, self.script, asdict(args))  # the next resume has these flags, too
+        self.started, self.saved = True, None
+
+    def greet(self, planned: int) -> None:
+        """Say where the run is, what it will take, and how to make it comfortable."""
+        agent, rings = self.agent, self.feeder.replay.rings
+        millions = sum(p.numel() for p in agent.parameters() if p.requires_grad) / 1e6
+        print(f"run directory: {self.dir}")
+        print(f"environment: {self.envs.spec.summary}")
+        print(*(f"note: {notice}\n" for notice in self.envs.spec.notices), sep="", end="")
+        print(f"replay buffer: {rings.capacity * rings.num_envs:,} timesteps, "
+              f"{rings.gibibytes:.2f} GiB of disk{' per rank' * (self.world > 1)}")
+        print(f"agent: size {self.args.size}, {millions:.2f} million parameters, on {agent.device}"
+              f"{' in bfloat16' if agent.bf16 else ''}")
+        if not planned:
+            print("no update will be made: raise --total-timesteps, or lower --learning-starts")
+        elif agent.device.type == "cpu" and millions > 4:
+            print(f"no GPU: {planned:,} updates of seconds each are ahead, for days; comfortable "
+                  "on a laptop: --size XXS --train-ratio 64, or a vector environment such as "
+                  "CartPole-v1")
+
+    def stopping(self) -> bool:
+        """Whether to leave the main loop; the ranks also agree on a checkpoint here."""
+        is_orphan = self.world > 1 and os.getppid() != self.parent  # torchrun is gone
+        stop = self.stop.requested or self.error or is_orphan
+        is_late = time.monotonic() - self.last_save > CHECKPOINT_SECONDS
+        agreed = max_over_ranks(2 if stop else int(is_late))
+        self.overdue = agreed == 1
+        return agreed == 2
+
+    def due(self, every: int) -> bool:
+        """Whether this turn crossed a multiple of `every`; never if that is 0."""
+        return every > 0 and self.step // every > self.before // every
+
+    def log_and_save(self, obs, metrics: dict) -> None:
+        """What is due after the updates of a turn of the main loop; `obs` is what was acted on."""
+        args, agent, self.metrics = self.args, self.agent, metrics
+        for env in np.flatnonzero(obs.is_last):
+            self.episodes += 1
+            self.returns.append(float(obs.episode_return[env]))
+            self.logger.scalars({"charts/episodic_return": self.returns[-1],
+                                 "charts/episodic_length": obs.episode_length[env]}, self.step)
+        if self.device.type == "cpu":  # on a GPU, to look would be to wait for the update
+            finite(metrics, agent.updates)
+        if self.films:
+            self.film(obs)
+        if self.due(args.log_every):
+            values = finite(metrics, agent.updates)
+            self.logger.scalars(values | self.logger.speeds(self.step, agent.updates), self.step)
+        if self.due(args.video_every):
+            self.log_video()
+        if self.due(args.checkpoint_every) or self.overdue:
+            self.save()
+        last = {"episodic_return": self.returns[-1]} if self.returns else {}
+        self.logger.progress(self.step, **last, updates=agent.updates)
+        self.before = self.step
+
+    def film(self, obs) -> None:
+        """Add a frame to the video of the episode; a video that fails ends the run, saved."""
         try:
-            import wandb
-        except ImportError as error:
-            raise UserError("no wandb here; pip install wandb, or leave --track out") from error
-        name = self.run_dir.resolve().name  # as the id, a resumed run goes on there
-        wandb.init(project=project, name=name, id=name, resume="allow", dir=str(self.run_dir),
-                   config=hyperparameters, sync_tensorboard=True)
-        self.wandb = wandb
+            self.films.add(self.envs.render, obs.is_first[0])
+        except (EnvError, OSError) as error:  # the ranks leave together, in `stopping`
+            self.error, self.films = error, None
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        if self.writer:
-            with _explain_write(self.run_dir):
-                for tag, value in values.items():
-                    self.writer.add_scalar(tag, value, step)
+    def log_video(self) -> None:
+        """What the agent imagines now; no random number that training uses is drawn for it."""
+        replay, length = self.feeder.replay, self.args.batch_length
+        if self.rank or not self.agent.updates or not replay.windows(length):
+            return
+        context = min(self.args.dream_context, length - 1)
+        batch = replay.sample(1, length, np.random.default_rng(self.step))
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            panels = as_frames(self.open_loop(self.agent, batch, context))
+        self.logger.video("open_loop", side_by_side(panels, context), self.step)
+        self.filmed = self.step
 
-    def video(self, tag: str, frames: np.ndarray, step: int, fps: float = 15) -> None:
-        """Add (T, H, W, C) uint8 frames as an animated image; add_video would need moviepy."""
-        if self.writer:
-            image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3,
-                                  encoded_image_string=gif_bytes(frames, fps))
-            summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-            with _explain_write(self.run_dir):
-                self.writer.file_writer.add_summary(summary, step)
+    def save(self) -> None:
+        """Replay rows to disk first, then the checkpoint that refers to them."""
+        agent, feeder = self.agent, self.feeder
+        finite(self.metrics, agent.updates)
+        self.logger.flush()  # what is logged up to here is never logged again
+        feeder.replay.rings.flush()
+        mine = {"replay": feeder.replay.state_dict(), "feeder": feeder.state_dict(),
+                "rng": rng_state(self.device)}
+        ranks = [mine] * self.world
+        if dist.is_initialized():
+            dist.all_gather_object(ranks, mine)
+        self.last_save, self.overdue = time.monotonic(), False
+        if self.rank == 0:
+            moments = {name: opt.state_dict() for name, opt in agent.optimizers().items()}
+            save_checkpoint(self.dir / "checkpoint.pt", {
+                "step": self.step, "updates": agent.updates, "agent": agent.state_dict(),
+                "optimizers": moments, "spec": asdict(self.envs.spec), "ranks": ranks,
+                "episodes": self.episodes, "returns": list(self.returns)}, self.script)
 
-    def progress(self, step: int, **postfix: float | str) -> None:
-        shown = {k: v if isinstance(v, str) else f"{v:.5g}" for k, v in postfix.items()}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
+    def restore(self) -> None:
+        """Undo `save`."""
+        saved, agent, mine = self.saved, self.agent, self.saved["ranks"][self.rank]
+        with explain_mismatch(self.dir):
+            check_spec(self.envs.spec, EnvSpec(**saved["spec"]), self.dir)
+            agent.load_state_dict(saved["agent"])
+            for name, optimizer in agent.optimizers().items():
+                optimizer.load_state_dict(saved["optimizers"][name])
+            agent.updates, self.episodes = saved["updates"], saved["episodes"]
+            self.returns.extend(saved["returns"])
+            self.feeder.replay.load_state_dict(mine["replay"])
+            self.feeder.load_state_dict(mine["feeder"])
+            set_rng_state(mine["rng"], self.device)
 
-    def flush(self) -> None:
-        """Hand everything to the operating system: a KILL after this loses none of it."""
-        if self.writer:
-            with _explain_write(self.run_dir):
-                self.writer.flush()
+    def __exit__(self, kind, error, trace) -> None:
+        with self.exit:  # at its end the log, the environments and all the rest are closed
+            broken = error if isinstance(error, EnvError) and self.step else None
+            is_saved = self.started and (error is None or broken)
+            if is_saved:
+                if broken and self.step < self.args.total_timesteps:
+                    max_over_ranks(2)  # the others learn of it in `stopping`
+                self.save()
+                is_done = self.began < self.args.total_timesteps <= self.step
+                if is_done and self.args.video_every and self.filmed != self.step:
+                    self.log_video()
+        hint = f"go on with: python {self.script}.py --resume {self.dir}"
+        if not is_saved:
+            self.remove_if_nothing(error)
+        elif failed := broken or self.error:
+            raise UserError(f"{failed}; the state is saved; {hint}") from failed
+        elif self.rank == 0:
+            self.take_leave(hint)
 
-    def close(self) -> None:
-        self.bar.close()
-        if self.writer:
-            with _explain_write(self.run_dir):
-                self.writer.close()
-        if self.wandb:
-            self.wandb.finish()
+    def remove_if_nothing(self, error) -> None:
+        """A new run that could not begin leaves nothing behind."""
+        is_alone = self.world == 1 and isinstance(error, EnvError)  # in the very first reset
+        if self.is_new and self.dir and (not self.started or is_alone):
+            shutil.rmtree(self.dir, ignore_errors=True)
+
+    def take_leave(self, hint: str) -> None:
+        """Say how the run ended and what can be done with it."""
+        if self.step < self.args.total_timesteps:
+            print(f"stopped and saved; {hint}")
+            return
+        if self.began >= self.args.total_timesteps:
+            print(f"nothing left to do after {self.step:,} timesteps; raise --total-timesteps")
+        if self.returns:
+            print(f"{self.episodes} episodes; mean return of the last {len(self.returns)}: "
+                  f"{np.mean(self.returns):g}")
+        print(f"done; all of it is in {self.dir}\n"
+              f"    python {self.script}.py --evaluate {self.dir}\n"
+              f"    python {self.script}.py --dream {self.dir}")
+
+
+@contextmanager
+def explain_mismatch(run_dir: Path):
+    """Turn what loading a foreign state raises into one line."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{run_dir / 'checkpoint.pt'} does not fit this code or these settings; "
+                        "use those that wrote it") from error
+
+
+def check_spec(spec: EnvSpec, saved: EnvSpec, run_dir: Path | str) -> None:
+    """Raise UserError if the environment is not the one that the checkpoint was made with."""
+    if spec != saved:
+        now, before = asdict(spec), asdict(saved)
+        changed = [f"{f.name} is {now[f.name]}, was {before[f.name]}"
+                   for f in fields(spec) if f.compare and now[f.name] != before[f.name]]
+        raise UserError(f"the environment is not the one that {run_dir} was made with: "
+                        f"{'; '.join(changed)}")

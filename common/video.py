@@ -36,10 +36,6 @@ def gif_bytes(frames: np.ndarray, fps: float = 15) -> bytes:
     return buffer.getvalue()
 
 
-def save_gif(path: Path | str, frames: np.ndarray, fps: float = 15) -> None:
-    Path(path).write_bytes(gif_bytes(frames, fps))
-
-
 def save_strip(path: Path | str, rows: np.ndarray, every: int = 1, scale: int = 2) -> None:
     """Write a PNG: each of the (R, T, H, W, C) videos is a row of its every-th frames."""
     tiles = enlarge(to_rgb(rows[:, ::every]), scale)
@@ -48,7 +44,7 @@ def save_strip(path: Path | str, rows: np.ndarray, every: int = 1, scale: int = 
     Image.fromarray(tiles.transpose(0, 2, 1, 3, 4).reshape(R * H, T * W, 3)).save(path)
 
 
-def _panel(frame: np.ndarray, title: str, ink: tuple, border: tuple) -> np.ndarray:
+def panel(frame: np.ndarray, title: str, ink: tuple, border: tuple) -> np.ndarray:
     """One frame in a border, with its title above in the largest type up to 15 that fits."""
     width, height = frame.shape[1] + 2 * BORDER, frame.shape[0] + 2 * BORDER
     fonts = [ImageFont.load_default(size) for size in range(15, 6, -1)]
@@ -64,10 +60,9 @@ def _panel(frame: np.ndarray, title: str, ink: tuple, border: tuple) -> np.ndarr
 def side_by_side(videos: dict[str, np.ndarray], context: int, scale: int = 0) -> np.ndarray:
     """(T, H', W', 3): the titled videos next to each other, such as truth | model | imagination.
 
-    scale = 0 enlarges them to about 200 pixels.
-
     The last one is the open-loop one. Its border is green while the model is shown the frames, and
     from t >= context, when it imagines on its own, orange; the title then counts the steps.
+    scale = 0 enlarges them to about 200 pixels.
     """
     *others, last = videos
     scale, pages = scale or max(1, round(200 / videos[last].shape[2])), []
@@ -75,8 +70,8 @@ def side_by_side(videos: dict[str, np.ndarray], context: int, scale: int = 0) ->
         frames = {title: enlarge(to_rgb(video[t]), scale) for title, video in videos.items()}
         colour = IMAGINED if t >= context else SEEN
         label = f"{last} +{t - context + 1}" if t >= context else last
-        panels = [_panel(frames[title], title, INK, OTHER) for title in others]
-        pages.append(np.concatenate([*panels, _panel(frames[last], label, colour, colour)], axis=1))
+        panels = [panel(frames[title], title, INK, OTHER) for title in others]
+        pages.append(np.concatenate([*panels, panel(frames[last], label, colour, colour)], axis=1))
     return np.stack(pages)
 
 
@@ -85,35 +80,37 @@ def curves(vectors: np.ndarray, size: int = 192) -> np.ndarray:
 
     Each of the first 8 dimensions has a lane and a colour of its own; the rest is not drawn. The
     lane is as high as the values of series 0, the truth, which the others have in grey behind them;
-    what leaves it is drawn at its edge, and NaN not at all.
+    what leaves it, and NaN, is drawn at its edge.
     """
     series = vectors[..., :len(LINES)].astype(np.float64)
     R, T, V = series.shape
-    known = np.isfinite(series[0])
-    low = np.min(series[0], 0, where=known, initial=np.inf)  # (V,)
-    high = np.max(series[0], 0, where=known, initial=-np.inf)
-    low, high = np.where(known.any(0), (low, high), 0)
+    low, high = series[0].min(0), series[0].max(0)  # (V,)
     middle = (low + high) / 2
     # Else the model's rounding errors about a constant would fill the lane.
     span = np.where(high - low > 1e-6 * np.maximum(1, np.abs(middle)), high - low, 1)
-    height = np.clip(0.5 - (series - middle) / span * 0.8, 0, 1)  # 0 is the top of the lane
+    # 0 is the top of the lane
+    height = np.nan_to_num(np.clip(0.5 - (series - middle) / span * 0.8, 0, 1), nan=1)
     y = (np.arange(V) + 0.04 + 0.92 * height) / V * size  # (R, T, V)
     x = np.broadcast_to((np.arange(T)[:, None] + 0.5) / T * size, y.shape)
-    is_drawn = np.isfinite(y)
-    points = np.stack([x, np.where(is_drawn, y, 0)], -1)
-    points = (points * 16).round().astype(int)  # cv2 wants fixed point: shift=4 below
+    points = (np.stack([x, y], -1) * 16).round().astype(int)  # cv2 wants fixed point: shift=4 below
 
     canvas = np.full((R, size, size, 3), PAPER, np.uint8)
     canvas[:, np.arange(1, V) * size // V] = LANE
     frames = np.empty((R, T, size, size, 3), np.uint8)
     for t, r in itertools.product(range(T), range(R)):
         for row, d in itertools.product(sorted({0, r}), range(V)):  # the truth first
-            if is_drawn[row, max(t - 1, 0):t + 1, d].all():
-                colour, width = (LINES[d], 2) if row == r else (GREY, 1)
-                ends = points[row, [max(t - 1, 0), t], d].tolist()
-                cv2.line(canvas[r], *ends, colour, width, cv2.LINE_AA, shift=4)
+            colour, width = (LINES[d], 2) if row == r else (GREY, 1)
+            ends = points[row, [max(t - 1, 0), t], d].tolist()
+            cv2.line(canvas[r], *ends, colour, width, cv2.LINE_AA, shift=4)
         frames[r, t] = canvas[r]
     return frames
+
+
+def as_frames(series: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Videos as they are; of vector series (T, V), of which the first is the truth, their curves."""
+    if all(one.ndim == 4 for one in series.values()):
+        return series
+    return dict(zip(series, curves(np.stack(list(series.values())))))
 
 
 class EpisodeVideos:
@@ -124,7 +121,7 @@ class EpisodeVideos:
     """
 
     def __init__(self, folder: Path | str, fps: float = 30):
-        self.folder, self.fps = Path(folder), fps
+        self.path, self.fps = Path(folder) / "recording.mp4", fps
         self.episode, self.writer = -1, None
 
     def wanted(self) -> bool:
@@ -138,29 +135,27 @@ class EpisodeVideos:
         if is_first:
             self.close()
             self.episode += 1
-        if self.wanted() and (frame := render()) is not None:
-            if self.writer is None:
-                self._open(frame.shape[1::-1])
-            self.writer.write(np.ascontiguousarray(to_rgb(frame)[..., ::-1]))  # blue first
+        if not self.wanted() or (frame := render()) is None:
+            return
+        if self.writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            size, codec = frame.shape[1::-1], cv2.VideoWriter_fourcc(*"mp4v")
+            writer = cv2.VideoWriter(str(self.path), codec, self.fps, size)
+            if not writer.isOpened():
+                raise OSError(f"cannot write {self.path}: OpenCV makes no video of {size} pixels")
+            self.writer = writer
+        self.writer.write(np.ascontiguousarray(to_rgb(frame)[..., ::-1]))  # blue first
 
     def close(self) -> None:
         """Finish the file. Raises OSError if it is broken: OpenCV does not say why."""
         if self.writer is None:
             return
         self.writer.release()
-        self.writer, recording = None, self.folder / "recording.mp4"
-        if not cv2.VideoCapture(str(recording)).isOpened():
-            raise OSError(f"cannot write {recording}; is the disk full?")
+        self.writer = None
+        if not cv2.VideoCapture(str(self.path)).isOpened():
+            raise OSError(f"cannot write {self.path}; is the disk full?")
         for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(1))):
-            path = self.folder / f"episode-{self.episode:06d}{suffix}.mp4"
+            path = self.path.with_name(f"episode-{self.episode:06d}{suffix}.mp4")
             if not path.exists():
-                recording.rename(path)
+                self.path.rename(path)
                 return
-
-    def _open(self, size: tuple[int, int]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, codec = self.folder / "recording.mp4", cv2.VideoWriter_fourcc(*"mp4v")
-        self.writer = cv2.VideoWriter(str(path), codec, self.fps, size)
-        if not self.writer.isOpened():
-            self.writer = None  # there is nothing to finish
-            raise OSError(f"cannot write {path}: OpenCV cannot make a video of {size} pixels there")

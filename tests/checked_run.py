@@ -17,7 +17,7 @@ def sample(self, *args):
     batch, starts = original(self, *args), json.loads(Path("lives.json").read_text())
     rows = check_rows(batch.vector, batch.action, batch.reward, batch.is_first, batch.is_terminal,
                       starts)
-    assert self.oldest <= rows.min() and rows.max() < self.count
+    assert self.rings.oldest <= rows.min() and rows.max() < self.rings.count
     return batch
 
 

@@ -106,8 +106,18 @@ class BrokenEnv(CountingEnv):
             "shape": {"image": image[:4], "vector": vector},
             "dtype": {"image": image / 255.0, "vector": vector},
             "missing": {"image": image},
+            "ragged": {"image": image, "vector": [1, [2, 3], 4]},
         }.get(self.fault, observation)
-        return observation, {"nan_reward": np.nan, "inf_reward": -np.inf}.get(self.fault, reward)
+        rewards = {"nan_reward": np.nan, "inf_reward": -np.inf, "text_reward": "much",
+                   "array_reward": np.array([reward])}
+        return observation, rewards.get(self.fault, reward)
+
+
+class CodesEnv(CountingEnv):
+    """Its observation looks like a picture, but holds small codes, as MiniGrid's does."""
+
+    def image(self):
+        return super().image() % 6 + np.array([8, 0, 0], np.uint8)
 
 
 class EchoEnv(gym.Env):
@@ -130,10 +140,8 @@ class EchoEnv(gym.Env):
 class SampleEnv(gym.Env):
     """Any observation space: each observation is a sample of it, kept in `given`."""
 
-    action_space = spaces.Discrete(2)
-
-    def __init__(self, observation_space):
-        self.observation_space = observation_space
+    def __init__(self, observation_space, action_space=spaces.Discrete(2)):
+        self.observation_space, self.action_space = observation_space, action_space
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -157,7 +165,8 @@ COUNTING = {
 }
 FAULTS = (
     "raise", "raise_init", "raise_reset", "raise_first_reset", "sys_exit", "exit", "hang",
-    "nan_reward", "inf_reward", "nan_obs", "inf_obs", "shape", "dtype", "missing",
+    "nan_reward", "inf_reward", "text_reward", "array_reward", "nan_obs", "inf_obs", "shape",
+    "dtype", "missing", "ragged",
 )
 
 for name, kwargs in COUNTING.items():
@@ -165,5 +174,6 @@ for name, kwargs in COUNTING.items():
 for fault in FAULTS:  # "nan_reward" is NanReward-v0
     name = fault.title().replace("_", "")
     gym.register(f"{name}-v0", entry_point=f"{__name__}:BrokenEnv", kwargs={"fault": fault})
+gym.register("Codes-v0", entry_point=f"{__name__}:CodesEnv", kwargs={"parts": "image"})
 gym.register("Echo-v0", entry_point=f"{__name__}:EchoEnv")
 gym.register("Shrinking-v0", entry_point=f"{__name__}:ShrinkingEnv")

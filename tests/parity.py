@@ -1,59 +1,72 @@
 """Do our numbers equal those that the authors' own code gave? One line per quantity.
 
-    python -m tests.parity v3 [FOLDER]          default folder: tests/golden/v3
+    python -m tests.parity v3 [FOLDER]          also v2, v1; default folder: tests/golden/v3
 
 FOLDER holds fixtures: arrays written by the authors' code, with random draws replaced by a rule
 (tests/golden/*/README.md). The exit status is 0 if everything agrees, 1 if anything does not or was
 not compared, 2 if there is nothing to compare.
 
+The agent is ours, the script's `Agent`, with the authors' weights, and what is compared comes out of the
+real `Agent.train_step`: while it runs, recorders lie around the shipped functions. What they do not show
+(logits, reconstructions, ...) is asked of the shipped modules with the same weights. This file holds what
+the versions share; `parity_v3.py` and its siblings say which array of a fixture is which number of ours.
+
 Tolerances. An error is a largest absolute difference, divided by a scale:
 
-    forward     2e-5    scale: the largest magnitude in the expected tensor. Exceptions, named where
-                        they are made: a mean or difference of numbers that cancel has the scale
-                        of those numbers; a tensor that spans many orders of magnitude is judged
-                        row by row, or element by element with scale max(1, |expected|)
-    gradient    1e-4    scale: the largest magnitude in the expected tensor (Adam's moments too);
-                        where that is 0, ours must be exactly 0
-    parameter   1e-5    absolute, after each of the three updates
-    exact       0       counters, flags and one-hot vectors
+                  V3      V2      V1
+    forward      2e-5    1e-5    1e-5    scale: the largest magnitude in the expected tensor. Exceptions,
+                                         named where they are made: a mean or difference of numbers that
+                                         cancel has the scale of those numbers; a tensor that spans many
+                                         orders of magnitude is judged element by element, with scale
+                                         max(1, |expected|), or row by row
+    gradient     1e-4    1e-4    1e-4    the same scale, for V1 the root mean square of the expected tensor
+                                         (Adam's moments too); where that is 0, ours must be exactly 0
+    parameter    1e-5    2e-6    2e-6    absolute, after updates; V2 with layer norm: 5e-6
+    exact        0       0       0       counters, flags and one-hot vectors
 
-A line that stands for several tensors shows the worst of them. Every array of a fixture must be
-read by a comparison or stand in the version's IGNORED table with a reason; one that does neither
-is a FAIL as well.
+A line that stands for several tensors shows the worst of them. Every array of a fixture must be read by a
+comparison or stand in the version's IGNORED table with a reason; one that does neither is a FAIL as well.
 """
 
 import fnmatch
 import importlib
+import inspect
 import json
+import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn as nn
 from torch import Tensor
 
-VERSIONS = {"v3": "tests.parity_v3"}  # each has check_agent, check_math and IGNORED
+from common.envs import EnvSpec
 
-TOLERANCE = {"forward": 2e-5, "gradient": 1e-4, "parameter": 1e-5, "exact": 0.0}
-COMPANIONS = ("_steps", "_opt", "_gradparts")  # X_steps.npz belongs to X.npz
+VERSIONS = ("v3", "v2", "v1")  # tests.parity_v3 has IGNORED, tolerance, RMS, a Twin and check_math
+PARTS = r"_(steps|opt|gradparts|step|params)$"  # X_steps.npz and the like belong to fixture X
 
 
+# ---------------------------------------------------------------------------------- fixtures and reports
 class Mismatch(Exception):
     """A fixture that ours cannot be set up for: an unknown setting, a weight without a place."""
 
 
 class Fixture:
-    """The arrays of one fixture and its companions; remembers which of them were read."""
+    """The arrays of one fixture, from one file or from several; remembers which of them were read."""
 
-    def __init__(self, path: Path):
-        self.name, self.arrays, self.read = path.stem, {}, set()
-        for file in [path, *(path.with_name(path.stem + suffix + ".npz") for suffix in COMPANIONS)]:
-            if file.exists():
-                with np.load(file, allow_pickle=False) as arrays:
-                    self.arrays = dict(arrays) | self.arrays  # keep the first meta/json
-        self.meta = json.loads(str(self["meta/json"]))
+    def __init__(self, folder: Path, name: str):
+        self.name, self.arrays, self.read = name, {}, set()
+        for path in sorted(folder.glob("*.npz")):
+            if re.sub(PARTS, "", path.stem) == name:
+                with np.load(path, allow_pickle=False) as arrays:
+                    self.arrays = dict(arrays) | self.arrays
+        self.meta = json.loads(str(self["meta/json" if "meta/json" in self else "meta"]))
 
     def __contains__(self, key: str) -> bool:
         return key in self.arrays
@@ -66,9 +79,17 @@ class Fixture:
         """One array as a tensor of its own."""
         return torch.from_numpy(np.array(self[key]))
 
+    def leaf(self, key: str) -> Tensor:
+        """One array as a tensor to take gradients for."""
+        return self.tensor(key).requires_grad_()
+
     def under(self, prefix: str) -> list[str]:
         """Every key below `prefix`, without it."""
         return [key[len(prefix):] for key in self.arrays if key.startswith(prefix)]
+
+    def numbered(self, prefix: str) -> int:
+        """How many there are of batch1/..., batch2/..., or of 0/..., 1/..., and so on."""
+        return len({key.split("/")[0] for key in self.under(prefix) if key[0].isdigit()})
 
 
 class Report:
@@ -76,15 +97,19 @@ class Report:
 
     def __init__(self, quiet: bool = False):
         self.quiet, self.lines, self.failed, self.worst = quiet, 0, [], {}
-        self.where = ""  # name of the fixture
+
+    def begin(self, fixture: "Fixture", version: ModuleType) -> None:
+        """Say which fixture comes; the version says what it tolerates."""
+        self.where, self.tolerance, self.rms = fixture.name, version.tolerance(fixture), version.RMS
+        self.say(f"\n{fixture.name}")
 
     def line(self, name: str, error: float, kind: str) -> None:
         """Print one comparison. A NaN is a failure."""
-        good = error <= TOLERANCE[kind]
+        limit = self.tolerance[kind]
         self.lines += 1
-        self.worst[kind] = max(self.worst.get(kind, (0.0, "")), (error, f"{self.where}: {name}"))
-        self.say(f"{name:<76} {error:9.2e} {TOLERANCE[kind]:7.0e} {'ok' if good else 'FAIL'}")
-        if not good:
+        self.worst[self.where, kind] = max(self.worst.get((self.where, kind), (0.0, "")), (error, name))
+        self.say(f"{name:<76} {error:9.2e} {limit:7.0e} {'ok' if error <= limit else 'FAIL'}")
+        if not error <= limit:
             self.failed.append(f"{self.where}: {name}")
 
     def fail(self, name: str, why: str) -> None:
@@ -96,7 +121,7 @@ class Report:
     def check(self, name: str, ours, expected, kind: str = "forward", scale=None) -> None:
         """Compare one tensor."""
         try:
-            self.line(name, largest_error(ours, expected, kind, scale), kind)
+            self.line(name, self.error(ours, expected, kind, scale), kind)
         except Mismatch as why:
             self.fail(name, str(why))
 
@@ -107,15 +132,32 @@ class Report:
             self.fail(prefix, f"other names: {sorted(set(expected) ^ set(ours))}")
         for path in set(expected) & set(ours):
             try:
-                errors[path] = largest_error(ours[path], fixture[prefix + path], kind)
+                errors[path] = self.error(ours[path], fixture[prefix + path], kind)
             except Mismatch as why:
                 self.fail(prefix + path, str(why))
         if errors:
             worst = max(errors, key=lambda path: np.nan_to_num(errors[path], nan=np.inf))
             for path, error in errors.items():
-                if path != worst and not error <= TOLERANCE[kind]:
+                if path != worst and not error <= self.tolerance[kind]:
                     self.line(prefix + path, error, kind)
             self.line(f"{prefix}* ({len(errors)} tensors, worst {worst})", errors[worst], kind)
+
+    def error(self, ours, expected, kind: str, scale=None) -> float:
+        """Largest difference in units of `scale`. Raises `Mismatch` if the shapes differ."""
+        a = ours.detach().double().numpy() if isinstance(ours, Tensor) else np.asarray(ours, np.float64)
+        b = np.asarray(expected, np.float64)
+        if a.shape != b.shape:
+            raise Mismatch(f"shape {a.shape}, expected {b.shape}")
+        if not a.size:
+            raise Mismatch("nothing to compare")
+        difference = np.abs(a - b)
+        if kind in ("parameter", "exact"):
+            return float(difference.max())
+        if scale is None:
+            scale = np.sqrt((b * b).mean()) if self.rms and kind == "gradient" else np.abs(b).max()
+        unit = np.broadcast_to(np.asarray(scale, np.float64), a.shape)
+        relative = np.divide(difference, unit, out=np.where(difference == 0, 0.0, np.inf), where=unit > 0)
+        return float(relative.max())
 
     def say(self, text: str) -> None:
         """Print, unless told not to."""
@@ -123,23 +165,7 @@ class Report:
             print(text)
 
 
-def largest_error(ours, expected, kind: str, scale=None) -> float:
-    """Largest difference in units of `scale`. Raises `Mismatch` if the shapes differ."""
-    a = ours.detach().double().numpy() if isinstance(ours, Tensor) else np.asarray(ours, np.float64)
-    b = np.asarray(expected, np.float64)
-    if a.shape != b.shape:
-        raise Mismatch(f"shape {a.shape}, expected {b.shape}")
-    if not a.size:
-        raise Mismatch("nothing to compare")
-    difference = np.abs(a - b)
-    if kind in ("parameter", "exact"):
-        return float(difference.max())
-    unit = np.abs(b).max() if scale is None else np.asarray(scale, np.float64)
-    relative = np.divide(difference, unit, out=np.where(difference == 0, 0.0, np.inf),
-                         where=np.broadcast_to(unit > 0, difference.shape))
-    return float(relative.max())
-
-
+# ---------------------------------------------------------------------------------------------- recording
 @contextmanager
 def patched(*patches: tuple[object, str, object]) -> Iterator[None]:
     """Put replacements (owner, name, new) in place for a while."""
@@ -153,17 +179,374 @@ def patched(*patches: tuple[object, str, object]) -> Iterator[None]:
             setattr(owner, name, old)
 
 
+def rule(script: ModuleType) -> list[tuple[object, str, object]]:
+    """Patches that put the fixtures' rule in place of random draws."""
+    half = [name for name in ("draw_noise", "draw_truncated") if hasattr(script, name)]
+    return [(script, "draw_classes", lambda probs: probs.argmax(-1)),
+            *((script, name, lambda like, *_: torch.full_like(like, 0.5)) for name in half)]
+
+
+def recorder(log: dict, owner, name: str, after=None) -> tuple[object, str, object]:
+    """A patch that keeps the named arguments and the result of a call; `after` may change it."""
+    original = getattr(owner, name)
+    signature = inspect.signature(original)
+
+    def call(*args, **kwargs):
+        arguments = signature.bind(*args, **kwargs).arguments
+        result = original(*args, **kwargs)
+        log[name] = SimpleNamespace(**arguments, given=arguments, result=result)
+        return after(result, log[name]) if after else result
+
+    return owner, name, call
+
+
+def optimizer_recorders(log: dict, optimizer: type) -> list[tuple[object, str, object]]:
+    """Patches that keep, for each optimiser, its loss and the gradients and norm before clipping."""
+    grads, apply = optimizer.grads, optimizer.apply
+
+    def recording_grads(self, loss, *args, **kwargs):
+        result = grads(self, loss, *args, **kwargs)
+        log[id(self)] = SimpleNamespace(loss=loss.detach(), grads=[grad.clone() for grad in result])
+        return result
+
+    def recording_apply(self, given):
+        log[id(self)].norm = apply(self, given)
+        return log[id(self)].norm
+
+    return [(optimizer, "grads", recording_grads), (optimizer, "apply", recording_apply)]
+
+
 def gradient(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Gradient of the sum of `output`; zeros where it does not depend on an input."""
+    if not output.requires_grad:
+        return tuple(torch.zeros_like(x) for x in inputs)
     grads = torch.autograd.grad(output.sum(), inputs, retain_graph=True, allow_unused=True)
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs))
 
 
-def leaf(array: np.ndarray) -> Tensor:
-    """A tensor to take gradients for."""
-    return torch.from_numpy(np.array(array)).requires_grad_()
+def compare(report: Report, fixture: Fixture, prefix: str, forward: dict, backward: dict | None = None):
+    """Compare values and gradients below `prefix`."""
+    for kind, found in (("forward", forward), ("gradient", backward or {})):
+        for key, ours in found.items():
+            report.check(prefix + key, ours, fixture[prefix + key], kind)
 
 
+@torch.enable_grad()
+def per_step(function, call: SimpleNamespace) -> Tensor:
+    """element (H, N) of a loss = mean(weight * element), from a call of it: no second copy of the loss."""
+    weight = call.weight.detach().requires_grad_()
+    result = function(*(call.given | {"weight": weight}).values())
+    loss = result[0] if isinstance(result, tuple) else result
+    return (gradient(loss, weight)[0] * weight.numel()).detach()
+
+
+def shipped_losses(script: ModuleType, args, shape: tuple, post=None, prior=None, reward=None, terminal=None,
+                   image=None, vector=None, predicted=None, cont=None) -> dict[str, Tensor]:
+    """`world_model_loss` of a model whose networks say what they are told to.
+
+    What is not given does not matter. The reward head, and the continue head unless `cont` is given, answer
+    with the target in the place of its log-probability.
+    """
+    state, zeros = torch.zeros(*shape, 1), torch.zeros(shape)
+    still = SimpleNamespace(kl=lambda _: zeros, entropy=lambda: zeros)
+    still.detach = lambda: still
+    echo = SimpleNamespace(log_prob=lambda target: target)
+    model = SimpleNamespace(
+        encoder=lambda *_: state, reward=lambda _: echo, cont=lambda _: cont or echo,
+        decoder=SimpleNamespace(image=lambda _: predicted, vector=lambda _: predicted),
+        rssm=SimpleNamespace(observe=lambda *_: (state, state, state), latent=lambda _: post or still,
+                             prior=lambda _: prior or still))
+    batch = script.Batch(image, vector, state, zeros if reward is None else reward, None,
+                         zeros > 1 if terminal is None else terminal)
+    return script.world_model_loss(model, batch, script.State(state[0], state[0], state[0]), args)[0]
+
+
+def check_steps(report: Report, fixture: Fixture, prefix: str, make_optimizer) -> None:
+    """Steps of an optimiser for gradients that are given: loss = <parameter, gradient>."""
+    params = {key: nn.Parameter(fixture.tensor(f"{prefix}init/{key}")) for key in "ab"}
+    optimizer = make_optimizer(params.values())
+    for i in range(fixture.numbered(prefix)):
+        loss = sum((p * fixture.tensor(f"{prefix}{i}/grad_{key}")).sum() for key, p in params.items())
+        compare(report, fixture, f"{prefix}{i}/", {"norm": optimizer.apply(optimizer.grads(loss))})
+        for key, param in params.items():
+            report.check(f"{prefix}{i}/{key}", param, fixture[f"{prefix}{i}/{key}"], "parameter")
+
+
+def batch_major(x: Tensor) -> Tensor:
+    """(T, B, ...) -> (B, T, ...)."""
+    return x.transpose(0, 1)
+
+
+# ------------------------------------------------------------------------------------ an agent like theirs
+class Twin:
+    """Our agent with the sizes, settings and weights of a fixture. Each version completes it."""
+
+    script: ModuleType
+    init = "init/"  # where the weights stand
+    aligned = False  # whether their action is the one chosen AT an observation, as in ours
+    fixed: dict[str, object] = {}  # settings that ours has no choice about
+    rename: list[tuple[str, str]] = []  # their name of a parameter -> ours
+    swapped = flipped = "$^"  # kernels that read [stoch, deter], ours [deter, stoch]; see `places`
+    vector_out = "$^"  # the decoder's output layer of one vector
+    sized_classes: dict[str, str] = {}  # a network whose sizes may be its own -> its key in the settings
+    sized_heads: dict[str, str] = {}
+    optimizers = {"model": "world_model", "actor": "actor", "critic": "critic"}
+
+    def __init__(self, fixture: Fixture, report: Report | None = None):
+        self.fixture, self.config = fixture, fixture.meta["config"]
+        self.report = report or Report(quiet=True)
+        self.paths = fixture.under(self.init)
+        self.obs = self.observations()
+        self.images = [key for key, shape in self.obs.items() if len(shape) == 3]
+        self.vectors = [key for key, shape in self.obs.items() if len(shape) in (1, 2)]
+        stops = np.cumsum([0, *(math.prod(self.obs[key]) for key in self.vectors)]).tolist()
+        self.columns = {key: slice(*stops[i:i + 2]) for i, key in enumerate(self.vectors)}
+        self.rows, self.length = fixture["batch1/reward"].shape
+        self.spec = self.env_spec(stops[-1])
+        self.announce_settings()
+        try:
+            self.args = self.make_args()
+        except self.script.UserError as why:
+            raise Mismatch(str(why)) from why
+        with patched(*self.sized_networks()):
+            self.agent = self.script.Agent(self.args, self.spec, torch.device("cpu"))
+        self.index = {}
+        self.load_weights()
+
+    def make_args(self):
+        """Our flags; sizes that differ between networks are in `sized`."""
+        raise NotImplementedError
+
+    def sized(self, network: str):
+        """Flags for one network."""
+        return self.args
+
+    def observations(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every observation, in their order."""
+        others = ("action", "reward", "discount", "is_first", "is_last", "is_terminal")
+        return {key: self.fixture.arrays["batch1/" + key].shape[2:]
+                for key in self.fixture.under("batch1/") if key not in others}
+
+    def env_spec(self, vector_dim: int) -> EnvSpec:
+        """All images stacked on channels, as `common.envs` does; vectors side by side."""
+        image, shapes = None, [self.obs[key] for key in self.images]
+        if shapes:
+            height, width, _ = shapes[0]
+            if height != width:
+                raise Mismatch(f"images of {height} x {width}; ours are square")
+            image = height, width, sum(shape[-1] for shape in shapes)
+        meta = self.fixture.meta
+        discrete = meta["action_discrete" if "action_discrete" in meta else "discrete"]
+        return EnvSpec(image, vector_dim, meta["action_dim"], discrete)
+
+    def announce_settings(self) -> None:
+        """Say which settings we cannot have: should the numbers differ, that is why."""
+        for pattern, want in self.fixed.items():
+            for key, value in self.config.items():
+                if re.fullmatch(pattern, key) and value != want:
+                    self.report.say(f"note: setting {key} = {value}; ours is always {want}")
+
+    # ------------------------------------------------------------------------------------------- networks
+    def sized_networks(self) -> list[tuple[object, str, object]]:
+        """Patches that give each network its own sizes while the shipped `Agent` builds itself."""
+        def with_sizes(shipped, key):
+            return lambda args, *rest: shipped(self.sized(key), *rest)
+
+        def world_model(args, spec, shipped=self.script.WorldModel):
+            model = shipped(args, spec)
+            for name, key in self.sized_heads.items():
+                if hasattr(model, name):
+                    sizes, outputs = self.sized(key), self.config.get(f"{key}.bins", 1)
+                    head = self.script.Head(model.feat_dim, sizes.units, sizes.layers, outputs)
+                    setattr(model, name, head)
+            return model
+
+        networks = [(self.script, name, with_sizes(getattr(self.script, name), key))
+                    for name, key in self.sized_classes.items()]
+        return [*networks, (self.script, "WorldModel", world_model)]
+
+    def places(self, path: str, numbers: dict[str, Tensor]) -> Tensor:
+        """Their parameter `path`, in its own layout, as places in the flat vector of all of ours.
+
+        `numbers`: those places by our names, shaped like our parameters. Linear kernels are (in, out) in
+        theirs; convolutions (height, width, in, out); transposed ones (height, width, out, in), in JAX also
+        `flipped`: theirs correlates with the kernel, torch with the flipped one.
+        """
+        name = path
+        for pattern, new in self.rename:
+            name = re.sub(pattern, new, name)
+        parts = [numbers.get(f"{name}_{half}") for half in "ab"]  # of a SplitDense
+        place = numbers.get(name) if None in parts else torch.cat(parts, 1)
+        if place is None:
+            raise Mismatch(f"no place for {path} ({name})")
+        if key := re.search(self.vector_out, path):  # our decoder has one output layer for all vectors
+            place = place[self.columns[key[1]]]
+        if path.endswith("kernel"):
+            place = place.T if place.ndim == 2 else place.permute(2, 3, 1, 0)
+        if re.search(self.flipped, path):
+            place = place.flip(0, 1)
+        if re.search(self.swapped, path):
+            place = place.roll(-self.args.deter, 0)
+        return place
+
+    def load_weights(self) -> None:
+        """Copy every weight to its place. Raises `Mismatch` unless all fit, with none left over."""
+        params = dict(self.agent.named_parameters())
+        sizes = [param.numel() for param in params.values()]
+        blocks = torch.arange(sum(sizes)).split(sizes)
+        self.numbers = {name: block.view(params[name].shape) for name, block in zip(params, blocks)}
+        flat = torch.zeros(sum(sizes))
+        for path in self.paths:
+            array, self.index[path] = self.fixture.tensor(self.init + path), self.places(path, self.numbers)
+            if self.index[path].shape != array.shape:
+                raise Mismatch(f"{path} is {tuple(array.shape)}, ours {tuple(self.index[path].shape)}")
+            flat[self.index[path]] = array
+        filled = torch.bincount(torch.cat([index.flatten() for index in self.index.values()]),
+                                minlength=len(flat))
+        wrong = [name for name, place in self.numbers.items() if (filled[place] != 1).any()]
+        if wrong:
+            raise Mismatch(f"not exactly one weight for {wrong}")
+        for name, param in params.items():
+            param.data.copy_(flat[self.numbers[name]])
+
+    def in_their_layout(self, params, values) -> dict[str, Tensor]:
+        """`values`, shaped like those of our parameters -> by their names, in their layout."""
+        names = {id(param): name for name, param in self.agent.named_parameters()}
+        flat = torch.zeros(sum(place.numel() for place in self.numbers.values()))
+        known = torch.zeros_like(flat, dtype=torch.bool)
+        for param, value in zip(params, values):
+            place = self.numbers[names[id(param)]]
+            flat[place], known[place] = value.detach(), True
+        return {path: flat[index] for path, index in self.index.items() if known[index].all()}
+
+    # ---------------------------------------------------------------------------------------------- inputs
+    def batch(self, n: int):
+        """Their batch `n`, time-major, each row with the action chosen there."""
+        def get(key):
+            return batch_major(self.fixture.tensor(f"batch{n}/{key}")).contiguous()
+        image = torch.cat([get(key) for key in self.images], -1) if self.images else None
+        vector = None
+        if self.vectors:
+            vector = torch.cat([get(key).flatten(2).float() for key in self.vectors], -1)
+        action = get("action")
+        if not self.aligned:
+            action = torch.cat([action[1:], torch.zeros_like(action[:1])])
+        return self.script.Batch(image, vector, action, get("reward"), *self.flags(get))
+
+    def flags(self, get) -> tuple[Tensor, Tensor]:
+        """is_first and is_terminal."""
+        return get("is_first"), get("is_terminal")
+
+    def seen(self, batch, t: int):
+        """What the environments would show at time `t` of a batch; time 0 begins an episode."""
+        zeros, first = np.zeros(self.rows, np.float32), batch.is_first[t].numpy() | (t == 0)
+        image, vector = (None if x is None else x[t].numpy() for x in (batch.image, batch.vector))
+        return self.script.EnvStep(image, vector, zeros, first, zeros > 0, zeros > 0, zeros, zeros)
+
+    # -------------------------------------------------------------------------------------------- running
+    def acted(self, steps: int, then=lambda state, obs: state) -> Iterator[tuple[int, object, object, object]]:
+        """Act on the observations of batch 1, `then` explore: time, state before and after, posterior."""
+        batch, state, log = self.batch(1), self.agent.zero_state(self.rows), {}
+        for t in range(steps):
+            with patched(recorder(log, self.script.RSSM, "observe")):
+                after = then(self.agent.act(self.seen(batch, t), state), self.seen(batch, t))
+            yield t, state, after, self.agent.world_model.rssm.latent(log["observe"].result[2][0])
+            state = after
+
+    def observed(self) -> int:
+        """How many observations the fixture acts on, as policy/obs1_..., policy/obs2_..."""
+        return len({key.split("_")[0] for key in self.fixture.under("policy/obs")})
+
+    def posterior(self, batch, carry) -> tuple:
+        """Embedding, deter, stoch, posterior, prior and feature of every replayed step."""
+        d, model = self.script, self.agent.world_model
+        embed = model.encoder(d.centre(batch.image), batch.vector)
+        deter, stoch, raw = model.rssm.observe(embed, d.previous_actions(batch, carry.action), batch.is_first,
+                                               carry.deter, carry.stoch)
+        feat = torch.cat([deter, stoch], -1)
+        return embed, deter, stoch, model.rssm.latent(raw), model.rssm.prior(deter), feat
+
+    def recorded(self, batch, carry, after: dict, *more) -> SimpleNamespace:
+        """Run `train_step`; its metrics, the calls of the shipped functions, and each optimiser's part.
+
+        `after`: function -> what is done to its result. `more`: further recorders, from a log."""
+        log, d = {}, self.script
+        names = ("world_model_loss", "imagine", "lambda_return", "actor_loss", "critic_loss")
+        with patched(*(recorder(log, d, name, after.get(name)) for name in names),
+                     *(patch for make in more for patch in make(log)),
+                     *optimizer_recorders(log, d.Optimizer)):
+            metrics = self.agent.train_step(batch, carry)
+        opts = {name: log.pop(id(getattr(self.agent, f"{name}_opt"))) for name in self.optimizers}
+        return SimpleNamespace(**log, **opts, metrics=metrics)
+
+    def scaled_model(self, result, call):
+        """Loss scales that are no flag of ours, put on the shipped losses."""
+        losses, *rest = result
+        scales = self.loss_scales()
+        call.scaled = {name: loss * scales.get(name, 1.0) for name, loss in losses.items()}
+        return call.scaled, *rest
+
+    def loss_scales(self) -> dict[str, float]:
+        """Our name of a loss term -> what is left of its scale after our flags."""
+        return {}
+
+    # ---------------------------------------------------------------------------------------- comparisons
+    def check(self) -> None:
+        """Acting, then one update for each batch of the fixture (three)."""
+        with patched(*rule(self.script)):
+            self.check_acting()
+            for n in range(1, self.fixture.numbered("batch") + 1):
+                self.check_update(n)
+
+    def check_acting(self) -> None:
+        """Online acting on the observations of batch 1, with the initial weights."""
+        raise NotImplementedError
+
+    def check_update(self, n: int) -> None:
+        """One call of `train_step`: everything in and after it."""
+        raise NotImplementedError
+
+    def compare(self, key: str, ours, kind: str = "forward", scale=None, steps: slice | None = None) -> None:
+        """Compare one array, or some of its steps, if the fixture has it."""
+        if key in self.fixture:
+            expected = self.fixture[key] if steps is None else self.fixture[key][steps]
+            name = key if steps is None else f"{key}[{steps.start or 0}:{steps.stop or ''}]"
+            self.report.check(name, ours, expected, kind, scale)
+
+    def compare_all(self, prefix: str, ours: dict[str, Tensor], kind: str = "forward") -> None:
+        """Compare each of `ours`."""
+        for name, value in ours.items():
+            self.compare(prefix + name, value, kind)
+
+    def compare_image(self, prefix: str, image: Tensor) -> None:
+        """Means of the decoder (B, T, I, I, C): one picture, and the sum of each."""
+        self.compare(prefix + "image_mean_0_0", image[0, 0])
+        size = float(image.abs().sum((-3, -2, -1)).max())  # pixels of both signs
+        self.compare(prefix + "image_mean_sum", image.sum((-3, -2, -1)), scale=size)
+
+    def check_gradients(self, prefix: str, call: SimpleNamespace, name: str) -> None:
+        """Gradients of one optimiser before clipping, below `prefix`."""
+        if self.fixture.under(prefix):
+            params = getattr(self.agent, self.optimizers[name]).parameters()
+            found = self.in_their_layout(params, getattr(call, name).grads)
+            self.report.check_all(self.fixture, prefix, found, "gradient")
+
+    def check_parameters(self, prefix: str) -> None:
+        """All parameters, below `prefix`."""
+        if self.fixture.under(prefix):
+            params = list(self.agent.parameters())
+            self.report.check_all(self.fixture, prefix, self.in_their_layout(params, params), "parameter")
+
+    def start_order(self, x: Tensor) -> Tensor:
+        """Sort our imagination columns n = t * B + b like theirs, n = b * T + t."""
+        return x.unflatten(1, (-1, self.rows)).transpose(1, 2).flatten(1, 2)
+
+    def groups(self, flat: Tensor) -> Tensor:
+        """(..., Z) -> (..., S, K)."""
+        return flat.unflatten(-1, (self.args.stoch, -1))
+
+
+# ------------------------------------------------------------------------------------------ the whole of it
 def check_coverage(report: Report, fixture: Fixture, ignored: dict[str, str]) -> None:
     """Every array must have been read, or be on the list of those that have a reason not to be."""
     left = set(fixture.arrays) - fixture.read
@@ -176,24 +559,18 @@ def check_coverage(report: Report, fixture: Fixture, ignored: dict[str, str]) ->
         report.fail(key, "never compared")
 
 
-def check_fixture(report: Report, path: Path, version) -> None:
+def check_fixture(report: Report, fixture: Fixture, version: ModuleType) -> None:
     """Compare everything in one fixture."""
-    fixture = Fixture(path)
-    report.where = fixture.name
-    report.say(f"\n{path.name}")
-    is_agent = bool(fixture.under("params_init/"))
+    report.begin(fixture, version)
     try:
-        (version.check_agent if is_agent else version.check_math)(report, fixture)
+        if fixture.under(version.Twin.init):
+            version.Twin(fixture, report).check()
+        else:
+            with patched(*rule(version.Twin.script)):
+                version.check_math(report, fixture)
+        check_coverage(report, fixture, version.IGNORED)
     except Mismatch as why:
-        report.fail(path.name, str(why))
-    check_coverage(report, fixture, version.IGNORED)
-
-
-def fixture_paths(folder: Path) -> list[Path]:
-    """The fixtures of a folder, without their companions."""
-    every = {path.stem: path for path in sorted(folder.glob("*.npz"))}
-    belongs = {stem + suffix for stem in every for suffix in COMPANIONS}
-    return [path for stem, path in every.items() if stem not in belongs]
+        report.fail(fixture.name, str(why))
 
 
 def main(argv: list[str], quiet: bool = False) -> int:
@@ -202,18 +579,19 @@ def main(argv: list[str], quiet: bool = False) -> int:
         print(f"usage: python -m tests.parity {{{','.join(VERSIONS)}}} [FOLDER]", file=sys.stderr)
         return 2
     folder = Path(argv[1]) if len(argv) == 2 else Path(__file__).parent / "golden" / argv[0]
-    paths = fixture_paths(folder)
-    if not paths:
+    names = sorted({re.sub(PARTS, "", path.stem) for path in folder.glob("*.npz")})
+    if not names:
         print(f"no fixture (*.npz) in {folder}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)  # the networks are tiny, and sums come out the same everywhere
-    report, version = Report(quiet), importlib.import_module(VERSIONS[argv[0]])
-    for path in paths:
-        check_fixture(report, path, version)
+    version = importlib.import_module(f"tests.parity_{argv[0]}")
+    report = Report(quiet)
+    for name in names:
+        check_fixture(report, Fixture(folder, name), version)
     report.say("")
-    for kind, (error, name) in report.worst.items():
-        report.say(f"largest {kind} error {error:.2e} (tolerance {TOLERANCE[kind]:.0e}): {name}")
-    report.say(f"{len(paths)} fixtures, {report.lines} lines, {len(report.failed)} failed"
+    for (where, kind), (error, name) in report.worst.items():
+        report.say(f"largest {kind} error {error:.2e}: {where}: {name}")
+    report.say(f"{len(names)} fixtures, {report.lines} lines, {len(report.failed)} failed"
                + "".join(f"\n    {name}" for name in report.failed))
     return 1 if report.failed else 0
 

@@ -1,12 +1,17 @@
 """Which action belongs to which observation and reward, from the environment to the losses.
 
-The real `main` runs, in this process, on an environment whose observations say which action led to
-them and when (tests/alignment_envs.py). So every replayed row can be checked against the next one.
-DreamerV1 and V2 store an action with the observation that it led to; V3, chosen at it. [V3-10]
+The first half runs the real `main`, in this process, on an environment whose observations say when
+they are and which action led to them (tests/alignment_envs.py), so that every replayed row can be
+checked against the next one. The second half puts counters in the place of the networks, and looks
+at what enters each loss: the diagrams in the docstrings of the three scripts, as a table.
 """
 
+import functools
+import importlib
+import inspect
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,26 +19,26 @@ import torch
 from conftest import SCRIPTS
 
 from tests.alignment_envs import LENGTHS
+from tests.tiny import has_flag, tiny_agent, tiny_batch, tiny_spec
 
-TINY = """--size XXS --deter 8 --hidden 8 --units 8 --stoch 2 --classes 2 --layers 1 --depth 2 --horizon 3
-    --batch-size 3 --batch-length 5 --bins 5 --total-timesteps 48 --learning-starts 24 --train-ratio 15
-    --image-size 8 --threads 1 --checkpoint-every 1000 --video-every 0 --log-every 1000 --no-cuda""".split()
-CHOSEN_AT = [script for script in SCRIPTS if script >= "dreamer_v3"]  # those with [V3-10]
-
-
-class Calls(list):
-    """Keyword names and values of every call of a function, and its results."""
+TINY = dict(deter=8, hidden=8, units=8, stoch=2, classes=2, layers=1, reward_layers=1,
+            critic_layers=1, pcont_layers=1, actor_layers=1, mlp_units=8, mlp_layers=1, depth=2,
+            imag_horizon=3, batch_size=3, batch_length=5, bins=5, total_timesteps=48,
+            learning_starts=24, train_ratio=15, pretrain=1, threads=1, checkpoint_every=1000,
+            video_every=0, log_every=1000)
 
 
 @contextmanager
 def recorded(owner, name: str):
-    """Let a function or method do its work, and note the arguments of its calls."""
-    original, calls = getattr(owner, name), Calls()
+    """Let a function or method do its work; note its arguments, by name, and what it returns."""
+    original, calls = getattr(owner, name), []
+    names = list(inspect.signature(original).parameters)
 
     def wrapper(*args, **kwargs):
         copies = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
-        calls.append((copies, kwargs))
-        return original(*args, **kwargs)
+        result = original(*args, **kwargs)
+        calls.append(SimpleNamespace(**dict(zip(names, copies)), **kwargs, result=result))
+        return result
 
     setattr(owner, name, wrapper)
     try:
@@ -42,10 +47,15 @@ def recorded(owner, name: str):
         setattr(owner, name, original)
 
 
-def run(module, tmp_path, monkeypatch, env: str, *flags) -> dict[str, np.ndarray]:
+# ---- From the environment to the model -----------------------------------------------------------
+
+def run(module, tmp_path, monkeypatch, env: str, **flags) -> dict[str, np.ndarray]:
     """Train for a few steps; the rows of the replay buffer, (environments, rows, ...) each."""
-    argv = [module.SCRIPT, "--env-id", f"tests.alignment_envs:{env}-v0", "--runs-dir", str(tmp_path), *TINY]
-    monkeypatch.setattr(sys, "argv", [*argv, *map(str, flags)])
+    flags = {name: value for name, value in TINY.items() if has_flag(module, name)} | flags
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    monkeypatch.setattr(sys, "argv", [
+        module.SCRIPT, "--env-id", f"tests.alignment_envs:{env}-v0", "--size", "XXS", "--no-cuda",
+        "--runs-dir", str(tmp_path), *argv])
     numpy_state = np.random.get_state()
     module.main()
     np.random.set_state(numpy_state)
@@ -55,14 +65,15 @@ def run(module, tmp_path, monkeypatch, env: str, *flags) -> dict[str, np.ndarray
     return {name: ring[:, :complete] for name, ring in rings.items()}
 
 
-@pytest.fixture(scope="module", params=CHOSEN_AT)
+@pytest.fixture(scope="module", params=SCRIPTS)
 def module(request):
-    return __import__(request.param)
+    return importlib.import_module(request.param)
 
 
-@pytest.mark.parametrize("env, num_envs", [("Recall", 1), ("RecallTruncated", 1), ("RecallBox", 1), ("Recall", 2)])
-def test_rows_of_the_replay_buffer(module, tmp_path, monkeypatch, env, num_envs):
-    rows = run(module, tmp_path, monkeypatch, env, "--num-envs", num_envs)
+newest = pytest.mark.parametrize("module", SCRIPTS[-1:], indirect=True)
+
+
+def check_rows(rows: dict[str, np.ndarray], env: str, num_envs: int) -> None:
     episode, step, reward, *echo = np.moveaxis(rows["vector"], -1, 0)
     assert rows["reward"].shape == (num_envs, 48 // num_envs)
 
@@ -95,8 +106,46 @@ def test_rows_of_the_replay_buffer(module, tmp_path, monkeypatch, env, num_envs)
         assert set(action[~is_last].argmax(-1)) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("env, num_envs", [("RecallBox", 1), ("Recall", 2)])
+def test_rows_and_what_the_agent_makes_of_them(module, tmp_path, monkeypatch, env, num_envs):
+    """The rows; acting goes on from the action that led here; the model gets the one before."""
+    box = env == "RecallBox"
+    with (recorded(module.Agent, "act") as acts, recorded(module.RSSM, "observe") as observes,
+          recorded(module.Agent, "train_step") as steps):
+        check_rows(run(module, tmp_path, monkeypatch, env, num_envs=num_envs), env, num_envs)
+
+    def echo(action):
+        return action.clamp(-1, 1).numpy() if box else action.argmax(-1)[..., None].numpy()
+
+    assert len(acts) == 48 // num_envs
+    seen = 0
+    for call in acts:  # while actions are random, too, the state is kept up to date
+        middle = ~call.obs.is_first
+        assert (echo(call.state.action)[middle] == call.obs.vector[middle, 3:]).all()
+        seen += middle.sum()
+    assert seen > 25
+
+    replayed = [call for call in observes if len(call.embed) > 1]
+    assert len(replayed) == len(steps) > 10
+    for call, step in zip(replayed, steps):
+        batch, middle = step.batch, ~step.batch.is_first
+        assert call.embed.shape[:2] == call.prev_action.shape[:2] == (5, 3)
+        assert torch.equal(call.prev_action[1:], batch.action[:-1])
+        assert torch.equal(call.prev_action[0], step.carry.action) and not step.carry.action.any()
+        assert torch.equal(call.is_first, batch.is_first) and call.is_first[0].all()
+        assert (echo(call.prev_action)[middle] == batch.vector[middle][:, 3:].numpy()).all()
+        assert (batch.vector[..., 1][middle] > 0).all()
+
+
+@newest
+@pytest.mark.parametrize("env", ["Recall", "RecallTruncated"])
+def test_rows_of_other_environments(module, tmp_path, monkeypatch, env):
+    check_rows(run(module, tmp_path, monkeypatch, env), env, 1)
+
+
+@newest
 def test_a_limit_of_ours_is_not_a_terminal(module, tmp_path, monkeypatch):
-    rows = run(module, tmp_path, monkeypatch, "Recall", "--max-episode-steps", 2)
+    rows = run(module, tmp_path, monkeypatch, "Recall", max_episode_steps=2)
     episode, step = rows["vector"][0, :, 0], rows["vector"][0, :, 1]
     lengths = np.minimum(LENGTHS, 2)[episode.astype(int) % len(LENGTHS)]
     own_end = step == np.array(LENGTHS)[episode.astype(int) % len(LENGTHS)]
@@ -105,96 +154,268 @@ def test_a_limit_of_ours_is_not_a_terminal(module, tmp_path, monkeypatch):
     assert not rows["action"][0, step == lengths].any()
 
 
-@pytest.mark.parametrize("num_envs", [1, 2])
-def test_the_agent_acts_on_the_action_that_led_here(module, tmp_path, monkeypatch, num_envs):
-    """Also while actions are random: the recurrent state is kept up to date with what was done."""
-    with recorded(module.Agent, "act") as calls:
-        run(module, tmp_path, monkeypatch, "Recall", "--num-envs", num_envs)
-    assert len(calls) == 48 // num_envs
-    seen = 0
-    for (_, step, carry, *_), _ in calls:
-        middle = ~step.is_first
-        assert (carry.action.numpy().argmax(-1)[middle] == step.vector[middle, 3]).all()
-        assert (carry.action.numpy()[middle].sum(-1) == 1).all()
-        seen += middle.sum()
-    assert seen > 25
-
-
-def test_the_model_gets_the_action_before_each_observation(module, tmp_path, monkeypatch):
-    with (recorded(module.RSSM, "observe") as calls, recorded(module.Agent, "train_step") as steps):
-        run(module, tmp_path, monkeypatch, "Recall", "--num-envs", 1)
-    replayed = [args for args, _ in calls if len(args[1]) > 1]
-    assert len(replayed) == len(steps) > 10
-    for (_, embed, prev_action, is_first, carry), ((_, batch, _), _) in zip(replayed, steps):
-        assert embed.shape[:2] == prev_action.shape[:2] == (5, 3)
-        assert torch.equal(prev_action[1:], batch.action[:-1]) and torch.equal(prev_action[0], carry.action)
-        assert torch.equal(is_first, batch.is_first) and is_first[0].all()
-        middle = ~is_first
-        assert torch.equal(prev_action.argmax(-1)[middle].float(), batch.vector[..., 3][middle])
-        assert (batch.vector[..., 1][middle] > 0).all()
-
-
-def tiny_agent(module, monkeypatch, **changes):
-    spec = module.EnvSpec(None, 4, 3, True)
-    args = module.Args(size="XXS", deter=8, hidden=8, units=8, stoch=2, classes=2, layers=1, depth=2, horizon=3,
-                       batch_size=3, batch_length=5, bins=5, cuda=False, **changes)
-    torch.manual_seed(0)
-    return module.Agent(args, spec, torch.device("cpu"))
-
-
-def tiny_batch(module, **changes):
-    T, B, rng = 5, 3, np.random.default_rng(0)
-    fields = dict(image=None, vector=torch.from_numpy(rng.normal(size=(T, B, 4)).astype(np.float32)),
-                  action=torch.eye(3)[torch.from_numpy(rng.integers(3, size=(T, B)))],
-                  reward=torch.zeros(T, B), is_first=torch.zeros(T, B, dtype=torch.bool),
-                  is_terminal=torch.zeros(T, B, dtype=torch.bool))
-    fields["is_first"][0] = True
-    return module.Batch(**fields | changes)
-
-
-def test_nothing_is_learnt_from_imagination_behind_an_end(module, monkeypatch):
-    """[V3-11] A start at a recorded terminal has weight 0, and only such a start; row t B + b is (t, b)."""
-    agent = tiny_agent(module, monkeypatch)
-    is_terminal = torch.zeros(5, 3, dtype=torch.bool)
-    is_terminal[1, 2] = is_terminal[4, 0] = True
-    for forever in (True, False):  # whether the model believes that episodes go on
-        torch.nn.init.constant_(agent.world_model.continue_head.out.bias, 100.0 if forever else -100.0)
-        with recorded(module, "actor_loss") as actor, recorded(module, "critic_loss") as critic:
-            agent.train_step(tiny_batch(module, is_terminal=is_terminal), agent.blank_state(3))
-        weight, gamma = actor[0][0][4], agent.args.gamma
-        assert torch.equal(weight, critic[0][0][3]) and weight.shape == (3, 15)
-        alive = (~is_terminal).flatten().float()
-        goes_on = torch.tensor([1.0, gamma, gamma**2]) if forever else torch.tensor([1.0, 0.0, 0.0])
-        torch.testing.assert_close(weight, goes_on[:, None] * alive)
-
-
-def test_a_terminal_start_is_worth_nothing_more(module, monkeypatch):
-    """Its gradients do not depend on what lies behind: with all starts terminal, there are none."""
-    agent = tiny_agent(module, monkeypatch)
-    agent.train_step(tiny_batch(module), agent.blank_state(3))  # away from the zero initialisation
-    before = [p.clone() for p in (*agent.actor.parameters(), *agent.critic.parameters())]
-    everywhere = torch.ones(5, 3, dtype=torch.bool)
-    metrics = agent.train_step(tiny_batch(module, is_terminal=everywhere), agent.blank_state(3))
-    assert metrics["grad_norm/actor"] == 0 == metrics["grad_norm/critic"]
-    assert len(before) > 6
-
-
-def test_a_sequence_does_not_see_what_came_before_its_start(module, monkeypatch):
+def test_a_sequence_does_not_see_what_came_before_its_start(module):
     """is_first in the middle: state and action of the steps before do not matter, those after do."""
-    agent = tiny_agent(module, monkeypatch)
-    rssm, generator = agent.world_model.rssm, torch.Generator().manual_seed(0)
-    embed = torch.randn(5, 1, agent.world_model.encoder.embed_dim, generator=generator)
-    action = torch.randn(5, 1, 3, generator=generator)
-    is_first = torch.tensor([True, False, True, False, False])[:, None]
+    torch.manual_seed(0)
+    agent = tiny_agent(module)
+    embed, action = torch.randn(5, 1, agent.world_model.encoder.embed_dim), torch.rand(5, 1, 2)
+    is_first, zero = torch.tensor([True, False, True, False, False])[:, None], agent.zero_state(1)
 
-    def states(embed, action):
+    def states(embed, action, carry):
         torch.manual_seed(1)
-        return rssm.observe(embed, action, is_first, agent.blank_state(1))[0]
+        return agent.world_model.rssm.observe(embed, action, is_first, carry.deter, carry.stoch)[0]
 
-    base, changed = states(embed, action), action.clone()
-    changed[:3] += 1  # action[2] led to the first step of the second episode
-    other = states(torch.cat([embed[:2] + 1, embed[2:]]), changed)
+    base, changed = states(embed, action, zero), action.clone()
+    changed[:3] *= -1  # action[2] led to the first step of the second episode
+    other = states(torch.cat([embed[:2] + 1, embed[2:]]), changed, zero)
     assert not torch.allclose(base[1], other[1])
     torch.testing.assert_close(base[2:], other[2:])
-    changed[3] += 1
-    assert not torch.allclose(base[3], states(embed, changed)[3])
+    carried = states(embed, action, module.State(*(torch.ones_like(x) for x in zero)))
+    torch.testing.assert_close(base, carried)  # is_first at the start, too
+    changed[3] *= -1
+    assert not torch.allclose(base[3], states(embed, changed, zero)[3])
+
+
+# ---- From the states to the losses ---------------------------------------------------------------
+
+H, T, B = 4, 3, 2
+GAMMA = 0.5
+
+
+class Told:
+    """A distribution that says what its mean is, and which of the imagined states it is of."""
+
+    def __init__(self, value: torch.Tensor, steps: torch.Tensor):
+        self.value, self.steps = value, steps
+
+    def mean(self):
+        return self.value
+
+    mode = mean
+
+    def __getitem__(self, index):
+        return Told(self.value[index], self.steps[index])
+
+
+class Policy:
+    """`raw` is the number of the imagined state; the action chosen there is 10 more."""
+
+    def __init__(self, raw):
+        self.raw = raw
+
+    def sample(self):
+        return self.raw.expand(-1, 2) + 10
+
+
+class CountingOptimizer:
+    """Learns nothing; says when its gradients were taken and applied."""
+
+    def __init__(self, name: str, log: list[str]):
+        self.name, self.log = name, log
+
+    def grads(self, loss, retain_graph=False):
+        self.log.append(f"{self.name} grads")
+
+    def apply(self, grads):
+        self.log.append(f"{self.name} apply")
+        return torch.zeros(())
+
+
+def counting_agent(module, monkeypatch, is_terminal: torch.Tensor, goes_on: float):
+    """An agent in whose world a state says which imagined step it is, and where it began.
+
+    Feature 0 is the step, feature -1 the number of the start, t B + b. A reward is 100 + step, a
+    value 200 + step, that of the slow critic 300 + step, a flag `goes_on`. Also a log of what the
+    optimisers do, and a batch.
+    """
+    flags = {"pcont": True} if has_flag(module, "pcont") else {}
+    gamma = {"gamma": GAMMA} if has_flag(module, "gamma") else {"discount_horizon": 1 / (1 - GAMMA)}
+    agent = tiny_agent(module, imag_horizon=H, batch_length=T, batch_size=B, **flags, **gamma)
+    model, log = agent.world_model, []
+    deter, stoch = (torch.zeros(T, B, x.shape[-1]) for x in agent.zero_state(1)[:2])
+    stoch[:] = torch.arange(T * B).view(T, B, 1)
+    monkeypatch.setattr(module, "world_model_loss", lambda *arguments: (
+        log.append("model loss"), ({"image": torch.zeros(T, B)}, deter, stoch, {}))[1])
+
+    def img_step(deter, stoch, action):
+        if not len(log) or log[-1] != "imagine":
+            log.append("imagine")
+        assert (action == deter[:, :1] + 10).all(), "an action of another state"
+        return deter + 1, stoch
+
+    model.rssm.img_step = img_step
+    model.reward = lambda feat: Told(100 + feat[..., 0], feat[..., 0])
+    model.cont = lambda feat: Told(torch.full_like(feat[..., 0], goes_on), feat[..., 0])
+    agent.critic.forward = lambda feat: Told(200 + feat[..., 0], feat[..., 0])
+    agent.actor.forward = lambda feat: feat[..., :1]
+    agent.actor.policy = Policy
+    if hasattr(agent, "slow_critic"):
+        agent.slow_critic.forward = lambda feat: Told(300 + feat[..., 0], feat[..., 0])
+    for name in ("model", "actor", "critic"):
+        setattr(agent, f"{name}_opt", CountingOptimizer(name, log))
+    return agent, log, tiny_batch(module, agent, is_terminal=is_terminal)
+
+
+def learn(module, monkeypatch, is_terminal: torch.Tensor, goes_on: float = 1.0) -> SimpleNamespace:
+    """What `Agent.learn` gives to `lambda_return` and to the two losses."""
+    agent, log, batch = counting_agent(module, monkeypatch, is_terminal, goes_on)
+
+    def no_loss(shipped, result):
+        return functools.wraps(shipped)(lambda *arguments: result)
+
+    scalar = torch.zeros(())
+    result = scalar if module.SCRIPT == "dreamer_v1" else (scalar, torch.zeros(H, T * B))
+    monkeypatch.setattr(module, "actor_loss", no_loss(module.actor_loss, result))
+    monkeypatch.setattr(module, "critic_loss", no_loss(module.critic_loss, scalar))
+    with (recorded(module, "lambda_return") as returns, recorded(module, "actor_loss") as actor,
+          recorded(module, "critic_loss") as critic):
+        agent.learn(batch, agent.zero_state(B))
+    assert len(returns) == len(actor) == len(critic) == 1
+    return SimpleNamespace(actor=actor[0], critic=critic[0], returns=returns[0], log=log)
+
+
+def is_row(tensor: torch.Tensor, *numbers: float) -> None:
+    """`tensor` (steps, N) holds these numbers along the steps, for every start."""
+    expected = torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, tensor.shape[-1])
+    torch.testing.assert_close(tensor, expected)
+
+
+NEVER = torch.zeros(T, B, dtype=torch.bool)
+
+
+def test_what_enters_the_losses_of_v3(monkeypatch):
+    """[V3-6] [V3-14] H = 4: states 0 to 4, H terms everywhere."""
+    found = learn(importlib.import_module("dreamer_v3"), monkeypatch, NEVER)
+    is_row(found.returns.reward, 101, 102, 103, 104)  # what the actions 0 ... 3 led to
+    is_row(found.returns.discount, *[GAMMA] * 4)
+    is_row(found.returns.next_value, 201, 202, 203, 204)
+    is_row(found.actor.policy.raw[..., 0], 0, 1, 2, 3)
+    is_row(found.actor.action[..., 0], 10, 11, 12, 13)
+    is_row(found.actor.baseline, 200, 201, 202, 203)
+    is_row(found.critic.value_dist.steps, 0, 1, 2, 3)
+    is_row(found.critic.slow_value, 300, 301, 302, 303)
+    for loss in (found.actor, found.critic):
+        assert loss.ret is found.returns.result and loss.weight.shape == (H, T * B)
+        is_row(loss.weight, 1, GAMMA, GAMMA**2, GAMMA**3)
+
+
+def test_what_enters_the_losses_of_v2(monkeypatch):
+    """[V2-6] [V2-7] Facts 22 to 28: H terms for the critic, H - 1 for the actor."""
+    found = learn(importlib.import_module("dreamer_v2"), monkeypatch, NEVER, goes_on=0.4)
+    is_row(found.returns.reward, 100, 101, 102, 103)  # of the state itself, from the start on
+    is_row(found.returns.discount, GAMMA, 0.4, 0.4, 0.4)  # the first one is recorded
+    is_row(found.returns.next_value, 301, 302, 303, 304)  # the slow critic's
+    is_row(found.actor.policy.raw[..., 0], 0, 1, 2)
+    is_row(found.actor.action[..., 0], 10, 11, 12)
+    is_row(found.actor.baseline, 300, 301, 302)
+    assert torch.equal(found.actor.ret, found.returns.result[1:])  # of the states that they lead to
+    is_row(found.actor.weight, 1, GAMMA, GAMMA * 0.4)
+    is_row(found.critic.value_dist.steps, 0, 1, 2, 3)
+    assert found.critic.ret is found.returns.result
+    is_row(found.critic.weight, 1, GAMMA, GAMMA * 0.4, GAMMA * 0.4**2)
+
+
+def test_what_enters_the_losses_of_v1(monkeypatch):
+    """Facts 19 to 23: the states 1 to 4; the last one bootstraps, so H - 1 terms."""
+    found = learn(importlib.import_module("dreamer_v1"), monkeypatch, NEVER, goes_on=0.4)
+    is_row(found.returns.reward, 101, 102, 103)
+    is_row(found.returns.discount, 0.4, 0.4, 0.4)  # of the same state as the reward
+    is_row(found.returns.next_value, 202, 203, 204)
+    is_row(found.critic.value_dist.mean(), 201, 202, 203)
+    for loss in (found.actor, found.critic):
+        assert loss.ret is found.returns.result
+        is_row(loss.weight, 1, 0.4, 0.4**2)
+    assert found.returns.reward.shape[1] == (T - 1) * B  # the last of a window could be terminal
+
+
+def test_order_of_the_steps(module, monkeypatch):
+    """[V2-10] From V2 on the world model makes its step before the imagination."""
+    log = learn(module, monkeypatch, NEVER).log
+    later = ["actor grads", "critic grads"], ["actor apply", "critic apply"]
+    if module.SCRIPT == "dreamer_v1":
+        assert log == ["model loss", "model grads", "imagine", *later[0], "model apply", *later[1]]
+    else:
+        assert log == ["model loss", "model grads", "model apply", "imagine", *later[0], *later[1]]
+
+
+def test_nothing_is_learnt_from_what_lies_behind_an_end(module, monkeypatch):
+    """A recorded terminal, start t B + b, ends the imagined episode at its start; others go on."""
+    is_terminal = NEVER.clone()
+    is_terminal[1, 1] = True
+    found = learn(module, monkeypatch, is_terminal)
+    ended, gone_on = found.critic.weight[:, B + 1], found.critic.weight[:, B]
+    if module.SCRIPT == "dreamer_v3":  # [V3-14] not even from the start itself
+        assert ended.tolist() == [0] * H and gone_on.tolist() == [GAMMA**t for t in range(H)]
+        assert not found.actor.weight[:, B + 1].any()
+    elif module.SCRIPT == "dreamer_v2":  # [V2-7] fact 24
+        assert ended.tolist() == [1] + [0] * (H - 1) and gone_on.tolist() == [1] + [GAMMA] * (H - 1)
+        assert found.returns.result[0, B + 1] == 100  # its reward, and nothing after it
+    else:  # knows nothing of the start
+        assert ended.tolist() == gone_on.tolist() == [1] * (H - 1)
+    over = learn(module, monkeypatch, NEVER, goes_on=0.0)
+    first = 1 if module.SCRIPT != "dreamer_v2" else 2  # V2: what is recorded of the start counts
+    assert over.critic.weight[first - 1:first].all() and not over.critic.weight[first:].any()
+
+
+def test_without_pcont_the_discount_is_gamma(monkeypatch):
+    """V1's facts 18, 19 and 23, V2's fact 18: at recorded ends, too, and no start is left out."""
+    for name in [script for script in SCRIPTS if script != "dreamer_v3"]:
+        module = importlib.import_module(name)
+        agent = tiny_agent(module, tiny_spec(module, discrete=False), pcont=False, gamma=GAMMA,
+                           imag_horizon=H, batch_length=T, batch_size=B)
+        batch = tiny_batch(module, agent, is_terminal=~NEVER)
+        with recorded(module, "lambda_return") as returns, recorded(module, "critic_loss") as critic:
+            agent.learn(batch, agent.zero_state(B))
+        steps = H if name == "dreamer_v2" else H - 1
+        assert returns[0].discount.shape == (steps, T * B) and (returns[0].discount == GAMMA).all()
+        is_row(critic[0].weight, *(GAMMA**t for t in range(steps)))
+
+
+def test_a_terminal_start_is_worth_nothing_more_in_v3():
+    """Its gradients do not depend on what lies behind: with all starts terminal, there are none."""
+    module = importlib.import_module("dreamer_v3")
+    agent = tiny_agent(module)
+    batch = tiny_batch(module, agent)
+    metrics = agent.train_step(batch, agent.zero_state(3))
+    assert metrics["grad_norm/actor"] > 0 < metrics["grad_norm/critic"]
+    everywhere = torch.ones_like(batch.is_terminal)
+    metrics = agent.train_step(batch._replace(is_terminal=everywhere), agent.zero_state(3))
+    assert metrics["grad_norm/actor"] == 0 == metrics["grad_norm/critic"]
+
+
+# ---- The open-loop video -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("ends, length", [(None, 8), (5, 5), (7, 7), (3, 3), (2, 8)])
+def test_the_video_stops_at_the_end_of_the_episode(module, ends, length):
+    """3 frames of context. A dream across a reset would go on in a world that is no more.
+
+    It gets the action that was chosen at each frame, from the last one of the context on.
+    """
+    torch.manual_seed(0)
+    agent = tiny_agent(module, batch_length=8, batch_size=2)
+    batch = tiny_batch(module, agent)
+    batch.is_first[1:] = False
+    batch.is_first[4, 1] = True  # of a sequence that is not shown
+    if ends:
+        batch.is_first[ends, 0] = True
+    with recorded(agent.world_model.rssm, "img_step") as calls:
+        video = module.open_loop(agent, batch, 3)
+    assert list(video) == ["what happened", "reconstruction", "imagination"]
+    assert {frames.shape for frames in video.values()} == {(length, 6)}
+    assert (video["what happened"] == batch.vector[:length, 0].numpy()).all()
+    assert len(calls) == length - 3
+    for t, call in enumerate(calls, 2):
+        assert torch.equal(call.action, batch.action[t])
+
+
+def test_a_video_of_images_shows_them_as_they_are(module):
+    """And its dream begins at the last frame that was seen: the frames before are reconstructed."""
+    torch.manual_seed(0)
+    agent = tiny_agent(module, tiny_spec(module, image=True), batch_length=6, batch_size=2)
+    batch = tiny_batch(module, agent)
+    batch.is_first[1:] = False
+    video = module.open_loop(agent, batch, 3)
+    assert {frames.dtype.name for frames in video.values()} == {"uint8"}
+    assert (video["what happened"] == batch.image[:, 0].numpy()).all()
+    same = (video["reconstruction"] == video["imagination"]).all((1, 2, 3))
+    assert same.tolist() == [True] * 3 + [False] * 3

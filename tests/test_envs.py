@@ -1,4 +1,4 @@
-"""common/envs.py: the contract, next-step autoreset, seeding, misbehaviour, and error messages."""
+"""common/envs.py and vector.py: contract, autoreset, seeding, misbehaviour, and error messages."""
 
 import dataclasses
 import os
@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import types
 from contextlib import closing
 
 import gymnasium as gym
@@ -17,8 +19,11 @@ import pytest
 from gymnasium import spaces
 
 from common import envs as envs_module
-from common.envs import EnvConfig, EnvError, Envs, EnvSpec, default_action_repeat, make_env
-from tests.fake_envs import LENGTH, EchoEnv, SampleEnv
+from common.envs import (
+    EnvConfig, EnvError, EnvSpec, default_action_repeat, env_spec, make_env, probe,
+)
+from common.vector import Envs
+from tests.fake_envs import LENGTH, CountingEnv, EchoEnv, SampleEnv
 
 FAKE = "tests.fake_envs:"
 PONG = "PongNoFrameskip-v4"
@@ -140,7 +145,7 @@ def observe(register, space):
     """(what the environment gave, what came out, EnvSpec) for one reset."""
     env = make_env(EnvConfig(register(lambda: SampleEnv(space)), image_size=8))
     observation, _ = env.reset(seed=1)
-    return env.unwrapped.given, observation, envs_module.env_spec(env)
+    return env.unwrapped.given, observation, env_spec(env)
 
 
 def test_dict_stacks_images_and_flattens_the_rest(register):
@@ -162,14 +167,70 @@ def test_dict_stacks_images_and_flattens_the_rest(register):
     np.testing.assert_allclose(out["vector"], flat, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape, channels", [((16, 12), 1), ((16, 12, 1), 1), ((16, 12, 3), 3),
-                                             ((1, 16, 12), 1), ((3, 16, 12), 3)])
+@pytest.mark.parametrize("shape, channels", [
+    ((16, 12), 1), ((16, 12, 1), 1), ((16, 12, 3), 3), ((1, 16, 12), 1), ((3, 16, 12), 3),
+    ((16, 12, 4), 4), ((4, 16, 12), 4), ((24, 20, 9), 9), ((16, 24, 20), 16), ((4, 16, 12, 3), 12)])
 def test_images_of_every_layout_are_resized_by_area(register, shape, channels):
     given, out, spec = observe(register, spaces.Box(0, 255, shape, np.uint8))
-    assert out["image"].shape == spec.image_shape == (8, 8, channels)
-    hwc = given if given.ndim == 3 else given[..., None]
-    hwc = hwc if hwc.shape[0] == 16 else np.moveaxis(hwc, 0, -1)
-    assert np.abs(out["image"].mean((0, 1)) - hwc.mean((0, 1))).max() < 1  # area keeps the mean
+    assert out["image"].shape == spec.image_shape == (8, 8, channels) and not spec.notices
+    axes = {2: "hw", 4: "khwc"}.get(len(shape), "hwc" if shape[-1] == channels else "chw")
+    sides = axes.index("h"), axes.index("w")
+    mean = out["image"].mean((0, 1))
+    assert np.abs(mean - given.mean(sides).ravel()).max() < 1  # area keeps the mean
+
+
+@pytest.mark.parametrize("shape", [(16, 12, 3), (3, 16, 12), (16, 12, 1), (16, 12, 4)])
+def test_floats_that_look_like_a_picture_become_one(register, shape):
+    given, out, spec = observe(register, spaces.Dict(rgb=spaces.Box(0, 1, shape, np.float32)))
+    assert spec.image_shape == (8, 8, min(shape)) and spec.vector_dim == 0
+    assert abs(out["image"].mean() - 255 * given["rgb"].mean()) < 1
+    notice, = spec.notices
+    assert notice == "the observation's part 'rgb' looks like a picture and is taken for one"
+
+
+@pytest.mark.parametrize("space", [
+    spaces.Box(0, 1, (16, 12), np.float32), spaces.Box(0, 1, (4, 4, 3), np.float32),
+    spaces.Box(0, 1, (16, 12, 2), np.float32), spaces.Box(-1, 1, (16, 12, 3), np.float32)])
+def test_floats_that_do_not_remain_numbers(register, space):
+    _, out, spec = observe(register, space)
+    assert spec == EnvSpec(None, space.low.size, 2, True) and not spec.notices
+
+
+def test_a_float_picture_outside_of_its_bounds_is_not_scaled(register):
+    env = make_env(EnvConfig(register(lambda: SampleEnv(spaces.Box(0, 1, (9, 9, 3), np.float32)))))
+    for value in (255.0, np.nan):
+        with pytest.raises(ValueError, match="the observation's picture has NaN or values outside"):
+            env.observation(np.full((9, 9, 3), value, np.float32))
+
+
+def test_text_is_left_out_with_a_notice(register):
+    space = spaces.Dict(mission=spaces.Text(9), pos=spaces.Box(-1, 1, (2,)))
+    given, out, spec = observe(register, space)
+    np.testing.assert_array_equal(out["vector"], given["pos"])
+    notice, = spec.notices
+    assert notice == "the observation's part 'mission' is text, which the agent does not see"
+
+
+@pytest.mark.parametrize("space, action_space, summary", [
+    (spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (1,)), "vector 3; 1 continuous action"),
+    (spaces.Dict(goal=spaces.Tuple((spaces.Discrete(4), spaces.Box(-1, 1, ()))),
+                 pos=spaces.Box(-1, 1, (2,)), rgb=spaces.Box(0, 255, (9, 9, 3), np.uint8)),
+     spaces.Discrete(5),
+     "image 8x8x3 from 'rgb'; vector 7 from 'goal/0', 'goal/1', 'pos'; 5 discrete actions"),
+    (spaces.Box(0, 255, (9, 9), np.uint8), spaces.MultiDiscrete([2, 3]),
+     "image 8x8x1; 6 discrete actions, all combinations of MultiDiscrete([2 3])"),
+])
+def test_summary_says_what_was_understood(register, space, action_space, summary):
+    env_id = register(lambda: SampleEnv(space, action_space))
+    assert probe(EnvConfig(env_id, image_size=8)).summary == summary
+
+
+def test_codes_in_place_of_a_picture_are_noticed(capfd):
+    """MiniGrid's symbolic view: its space says 255, its values are small."""
+    for env_id, says in (("Codes-v0", True), ("CountingImage-v0", False)):  # that one begins black
+        play(EnvConfig(FAKE + env_id), 1, steps=2 * LENGTH)
+        err = capfd.readouterr().err
+        assert err.count("the brightest pixel of the first picture is 8 of 255") == says
 
 
 def test_grayscale_is_luminance(register):
@@ -209,6 +270,17 @@ def test_box_actions_of_any_shape_and_dtype(register):
     space = spaces.Box(-3, 3, (2, 3), np.float64)  # EchoEnv asserts that the space contains them
     vector = echo(register, space, np.linspace(-1, 1, 6, dtype=np.float32))
     np.testing.assert_allclose(vector, np.linspace(-3, 3, 6), atol=1e-6)
+
+
+@pytest.mark.parametrize("space", [
+    spaces.MultiDiscrete([2, 3], start=[0, 5]), spaces.MultiDiscrete([[2, 1], [3, 2]]),
+    spaces.MultiBinary(3), spaces.MultiBinary([2, 2]), spaces.MultiDiscrete([32, 32])])
+def test_every_combination_is_one_discrete_action(register, space):
+    env = make_env(EnvConfig(register(lambda: EchoEnv(space))))
+    env.reset(seed=0)
+    seen = {tuple(env.step(index)[0]["vector"]) for index in range(env.action_space.n)}
+    assert len(seen) == env.action_space.n == np.prod(np.reshape(
+        space.nvec if isinstance(space, spaces.MultiDiscrete) else 2 * np.ones(space.shape), -1))
 
 
 def test_one_hot_becomes_a_discrete_action_from_its_start(register):
@@ -306,8 +378,9 @@ def test_clipped_rewards_leave_the_return_raw():
 
 def test_atari_follows_the_papers():
     pytest.importorskip("ale_py")
-    for env_id, sticky in [(PONG, 0.0), ("ALE/Pong-v5", 0.25), ("ale_py:ALE/Pong-v5", 0.25)]:
-        env = make_env(EnvConfig(env_id, action_repeat=4))
+    for env_id, given, sticky in [(PONG, None, 0.0), ("ALE/Pong-v5", None, 0.25),
+                                  (PONG, 0.25, 0.25), ("ale_py:ALE/Pong-v5", 0.0, 0.0)]:
+        env = make_env(EnvConfig(env_id, action_repeat=4, sticky=given))
         ale = env.unwrapped.ale
         assert ale.getFloat("repeat_action_probability") == sticky
         assert ale.getInt("max_num_frames_per_episode") == 108_000
@@ -337,6 +410,74 @@ def test_atari_frame_limit_is_not_a_terminal(register):
     config = EnvConfig(register("ale_py.env:AtariEnv", kwargs=kwargs), action_repeat=4, noop_max=0)
     trace = play(config, 1, steps=25)
     assert np.flatnonzero(trace.is_last).tolist() == [25] and not trace.is_terminal.any()
+
+
+# ------------------------------------------------------------------------ pixels, other packages
+
+
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_pixels_are_the_rendered_picture(num_envs):
+    config = EnvConfig(FAKE + "CountingVector-v0", image_size=8, pixels=True, action_repeat=2)
+    trace = play(config, num_envs, steps=2)
+    assert trace.vector is None and trace.image.shape == (3, num_envs, 8, 8, 3)
+    assert trace.image[:, 0, 3, 5, 0].tolist() == [0, 2, 4]
+
+
+def test_pixels_of_a_task_of_numbers():
+    trace = play(EnvConfig("Pendulum-v1", pixels=True), 1, steps=4)
+    assert trace.image.shape == (5, 1, 64, 64, 3) and len(np.unique(trace.image, axis=0)) > 2
+
+
+def test_pixels_that_cannot_be_rendered(register):
+    for config in (EnvConfig(FAKE + "Echo-v0", pixels=True),
+                   EnvConfig(register(lambda: SampleEnv(spaces.Discrete(2))), pixels=True)):
+        text = error_of(config)
+        assert "render_mode" in text and "set MUJOCO_GL=egl or MUJOCO_GL=osmesa" in text
+
+
+@pytest.mark.parametrize("set_by_user, expected", [(None, "egl"), ("osmesa", "osmesa")])
+def test_mujoco_is_told_to_render_without_a_display(monkeypatch, set_by_user, expected):
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL"):
+        monkeypatch.delenv(name, raising=False)
+    if set_by_user:
+        monkeypatch.setenv("MUJOCO_GL", set_by_user)
+    make_env(counting())
+    assert os.environ.get("MUJOCO_GL") == set_by_user, "only what renders needs a display"
+    monkeypatch.setenv("MUJOCO_GL", set_by_user or "")
+    if not set_by_user:
+        monkeypatch.delenv("MUJOCO_GL")
+    make_env(counting(pixels=True))
+    assert os.environ["MUJOCO_GL"] == expected
+
+
+@pytest.mark.parametrize("env_id, package, module", [
+    ("dm_control/walker-walk-v0", "shimmy[dm-control]", "shimmy"),
+    ("MiniGrid-Empty-5x5-v0", "minigrid", "minigrid"),
+    ("BabyAI-GoToObj-v0", "minigrid", "minigrid")])
+def test_packages_that_register_their_ids(monkeypatch, env_id, package, module):
+    monkeypatch.setitem(sys.modules, module, None)  # `import module` raises ImportError
+    if module == "shimmy":
+        monkeypatch.setitem(sys.modules, "dm_control", types.ModuleType("dm_control"))
+    assert error_of(EnvConfig(env_id)) == f'{env_id} needs a package: pip install "{package}"'
+    registering = types.ModuleType(module)
+    monkeypatch.setitem(sys.modules, module, registering)
+    assert "unknown environment id" in error_of(EnvConfig(env_id))  # it was imported, at least
+
+
+def test_dm_control():
+    pytest.importorskip("shimmy") and pytest.importorskip("dm_control")
+    trace = play(EnvConfig("dm_control/walker-walk-v0", action_repeat=2), 2, steps=500)
+    assert trace.vector.shape == (501, 2, 24) and 0 <= trace.reward.min() <= trace.reward.max() <= 2
+    assert trace.is_last[-1].all() and not trace.is_terminal.any()
+
+
+def test_minigrid(capfd):
+    pytest.importorskip("minigrid")
+    spec = probe(EnvConfig("MiniGrid-Empty-5x5-v0"))
+    assert spec == EnvSpec((64, 64, 3), 4, 7, True) and "'mission' is text" in spec.notices[0]
+    assert play(EnvConfig("MiniGrid-Empty-5x5-v0"), 2, steps=9).reward.shape == (10, 2)
+    assert "the brightest pixel of the first picture is 8 of 255" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------ seeding and processes
@@ -388,21 +529,24 @@ def test_render():
 
 
 def test_ids_of_the_main_script_reach_the_processes(register):
-    config = EnvConfig(register("tests.fake_envs:CountingEnv", kwargs={"length": 2}))
-    assert play(config, 2, steps=2).is_last[-1].all()
-    with pytest.raises(EnvError, match="cannot be sent to a process: register it in a module"):
-        Envs(EnvConfig(register(lambda: None)), 2, 0)
+    env_id = register("tests.fake_envs:CountingEnv", kwargs={"length": 2})
+    assert play(EnvConfig(env_id), 2, steps=2).is_last[-1].all()
+    env_id = register(lambda: CountingEnv(length=2))
+    assert play(EnvConfig(env_id), 2, steps=2).is_last[-1].all()
+    lock = threading.Lock()  # cannot be sent anywhere
+    with pytest.raises(EnvError, match="processes .* do not start.*module:Id-v0"):
+        Envs(EnvConfig(register(lambda: (lock, CountingEnv())[1])), 2, 0)
 
 
 SCRIPT = """
     import os, sys, time
-    from common.envs import *
+    from common.vector import *
     marker = sys.argv[2]
     open(marker, "a").write("imported\\n")     # once, if processes do not import the main script
     if __name__ == "__main__":
         envs = Envs(EnvConfig("tests.fake_envs:Hang-v0"), 2, 0)
         envs.reset()
-        print(*[slot.process.pid for slot in envs._slots], flush=True)
+        print(*[process.pid for process in envs._vector.processes], flush=True)
         if sys.argv[1] == "hang":
             for _ in range(3): envs.step(np.eye(3)[[0, 0]])
         time.sleep(60)
@@ -438,7 +582,7 @@ def test_processes_die_with_a_killed_parent_and_do_not_import_its_script(tmp_pat
 
 def test_processes_ignore_ctrl_c_and_leave_by_themselves_on_close():
     envs = Envs(counting(), 2, 0)
-    processes = [slot.process for slot in envs._slots]
+    processes = envs._vector.processes
     envs.reset()
     for process in processes:
         os.kill(process.pid, signal.SIGINT)
@@ -447,15 +591,27 @@ def test_processes_ignore_ctrl_c_and_leave_by_themselves_on_close():
     assert [process.exitcode for process in processes] == [0, 0]
 
 
+def test_a_signal_to_the_group_is_for_the_parent_alone():
+    """`timeout 1h python dreamer_v3.py` signals the whole group."""
+    with closing(Envs(counting(), 2, 0)) as envs:
+        groups = {os.getpgid(process.pid) for process in envs._vector.processes}
+        envs.reset()
+        groups |= {os.getpgid(process.pid) for process in envs._vector.processes}
+        assert os.getpgid(0) not in groups
+
+
 # ------------------------------------------------------------------------ misbehaviour
 
-LOCAL_FAULTS = {
-    "Raise": "lost the ball", "SysExit": "SystemExit: 3", "NanReward": "reward is nan",
-    "InfReward": "reward is -inf", "NanObs": "NaN", "InfObs": "infinity",
-    "Shape": r"uint8\(4, 8, 3\)", "Dtype": "float64", "Missing": "KeyError: 'vector'",
+FAULTS = {
+    "Raise": r"RuntimeError: lost the ball \(.*fake_envs.py, line \d+\)$",
+    "SysExit": "SystemExit: 3", "NanReward": "the reward is nan", "InfReward": "the reward is -inf",
+    "TextReward": "ValueError: the reward 'much' is not a number$",
+    "NanObs": "the observation holds NaN", "InfObs": "the observation holds NaN or infinity",
+    "Shape": r"the observation's part 'image' is uint8\(4, 8, 3\), expected Box",
+    "Dtype": "the observation's part 'image' is float64",
+    "Missing": r"the observation's part 'vector' cannot be read: KeyError\('vector'\)",
+    "Ragged": "the observation's part 'vector' cannot be read: ValueError",
 }
-REMOTE_FAULTS = {"Exit": "process died, exit code 1", "Hang": "no answer for 1.5 s",
-                 "Raise": "lost the ball"}
 
 
 def check_closed_as_truncated(trace, n):
@@ -469,7 +625,7 @@ def check_closed_as_truncated(trace, n):
     assert trace.episode_length[:, n].tolist() == [0, 1, 2, 2] * 2 + [0]
 
 
-@pytest.mark.parametrize("fault", LOCAL_FAULTS)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_faults_in_this_process(fault, capfd):
     trace = play(EnvConfig(f"{FAKE}{fault}-v0"), 1, steps=8)
     check_closed_as_truncated(trace, 0)
@@ -477,18 +633,33 @@ def test_faults_in_this_process(fault, capfd):
     for line, step, number in [(first, 3, 1), (second, 7, 2)]:
         assert line.startswith(f"{FAKE}{fault}-v0 (environment 0) failed at step {step}, "
                                f"restart {number} of 10: ")
-        assert re.search(LOCAL_FAULTS[fault], line), line
+        assert re.search(FAULTS[fault], line), line
 
 
-@pytest.mark.parametrize("fault", REMOTE_FAULTS)
-def test_faults_in_a_process(fault, capfd):
-    timeout = 1.5 if fault == "Hang" else 60.0
-    trace = play(EnvConfig(f"{FAKE}{fault}-v0"), 2, steps=8, timeout=timeout)
+def test_faults_in_processes(capfd):
+    trace = play(EnvConfig(FAKE + "Raise-v0"), 2, steps=8)
     check_closed_as_truncated(trace, 0)
     check_closed_as_truncated(trace, 1)
     lines = capfd.readouterr().err.strip().split("\n")
-    assert len(lines) == 4 and all(REMOTE_FAULTS[fault] in line for line in lines)
+    assert len(lines) == 4 and all("lost the ball" in line for line in lines)
     assert "(environment 1) failed at step 7, restart 4 of 10" in lines[3]
+
+
+@pytest.mark.parametrize("fault, says", [("Exit", r"died \(exit codes \[1, 1\]\)"),
+                                         ("Hang", "gave no answer for 0.5 s")])
+def test_a_process_that_dies_or_hangs_ends_the_run_in_one_line(fault, says, capfd):
+    with closing(Envs(EnvConfig(f"{FAKE}{fault}-v0"), 2, 0, timeout=0.5)) as envs:
+        envs.reset()
+        with pytest.raises(EnvError, match=f"a process of .*{fault}-v0 {says}.*with --resume"):
+            for _ in range(3):
+                envs.step(np.eye(3)[[0, 0]])
+    assert not any(process.is_alive() for process in envs._vector.processes)
+    assert not capfd.readouterr().err
+
+
+def test_a_reward_may_be_an_array_of_one():
+    trace = play(EnvConfig(FAKE + "ArrayReward-v0"), 1, steps=LENGTH)
+    assert trace.reward[:, 0].tolist() == [0, 1, 2, 3, 4, 5] and trace.is_terminal[-1].all()
 
 
 def test_a_failing_reset_is_retried_within_the_step(capfd):
@@ -559,12 +730,34 @@ def test_ids_that_cannot_be_made(env_id, expected):
     assert expected in error_of(EnvConfig(env_id))
 
 
+@pytest.mark.parametrize("text, expected", [
+    ("import gymnasium\n1 / 0", "ZeroDivisionError: division by zero (FILE, line 2)"),
+    ("import no_such", "ModuleNotFoundError: No module named 'no_such' (FILE, line 1)"),
+    ("import gymnasium\ngymnasium.make('CartPol-v1')", "(FILE, line 2)"),
+    ("x = = 1", "SyntaxError: invalid syntax (broken_module.py, line 1)"),
+    ("from tests.fake_envs import CountingEnv as C\nimport gymnasium\n"
+     "gymnasium.register('Its-v0', lambda: C(lenth=3))",
+     "TypeError: CountingEnv.__init__() got an unexpected keyword argument 'lenth' (FILE, line 3)"),
+])
+def test_an_error_in_the_users_module_is_shown_with_its_line(
+        monkeypatch, tmp_path, text, expected):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    (tmp_path / "broken_module.py").write_text(text)
+    found = error_of(EnvConfig("broken_module:Its-v0"))
+    gym.registry.pop("Its-v0", None)
+    sys.modules.pop("broken_module", None)
+    assert found.startswith("cannot build 'broken_module:Its-v0': "), found
+    assert found.endswith(expected.replace("FILE", str(tmp_path / "broken_module.py"))), found
+
+
 @pytest.mark.parametrize("num_envs", [1, 2])
 def test_errors_at_the_start_are_not_worth_restarts(num_envs, capfd):
     assert "did you mean" in error_of(EnvConfig("CartPol-v1"), num_envs)
     assert "no such level" in error_of(EnvConfig(FAKE + "RaiseInit-v0"), num_envs)
     text = error_of(EnvConfig(FAKE + "RaiseFirstReset-v0"), num_envs)
-    assert text.endswith("cannot start its first episode: RuntimeError: cannot reset")
+    assert "cannot start its first episode: RuntimeError: cannot reset (" in text
+    assert re.search(r"fake_envs.py, line \d+\)$", text)
     assert "restart" not in capfd.readouterr().err
 
 
@@ -596,23 +789,23 @@ def test_missing_ale(monkeypatch):
     (spaces.Box(-np.inf, 1, (2,), np.float32), "Box(-inf, 1.0, (2,), float32)"),
     (spaces.Box(np.arange(98, dtype=np.float32), np.inf), "(98,), float32"),  # several lines
     (spaces.Box(0, 5, (2,), np.int64), "int64"),
-    (spaces.MultiDiscrete([2, 3]), "MultiDiscrete([2 3])"),
+    (spaces.MultiDiscrete([32, 33]), "it has 1,056 combinations"),
     (spaces.Dict(a=spaces.Discrete(2)), "Dict('a': Discrete(2))"),
 ])
 def test_unsupported_actions(register, space, expected):
-    class Env(SampleEnv):
-        action_space = space
-
-    text = error_of(EnvConfig(register(lambda: Env(spaces.Discrete(2)))))
+    text = error_of(EnvConfig(register(lambda: SampleEnv(spaces.Discrete(2), space))))
     assert text.startswith("action space") and expected in text
-    assert text.endswith("use Discrete or bounded float Box")
+    assert text.endswith("use Discrete, MultiDiscrete, MultiBinary or bounded float Box") or (
+        "combinations" in text)
 
 
 @pytest.mark.parametrize("space, expected", [
-    (spaces.Text(5), "Text"),
+    (spaces.Text(5), "no part that is a picture or numbers"),
+    (spaces.Dict(a=spaces.Text(5)), "Text"),
     (spaces.Dict(a=spaces.Sequence(spaces.Discrete(3))), "Sequence"),
-    (spaces.Box(0, 255, (4, 84, 84), np.uint8), "an image has 1 or 3 channels"),
-    (spaces.Dict(), "is empty"),
+    (spaces.Box(0, 255, (17, 84, 84), np.uint8), "a picture has up to 16 channels"),
+    (spaces.Box(0, 255, (6, 84, 84, 3), np.uint8), "a picture has up to 16 channels"),
+    (spaces.Dict(), "no part that is a picture or numbers"),
 ])
 def test_unsupported_observations(register, space, expected):
     text = error_of(EnvConfig(register(lambda: SampleEnv(space))))
@@ -623,6 +816,7 @@ def test_unsupported_observations(register, space, expected):
     "bad", [{"action_repeat": 0}, {"image_size": 0}, {"max_episode_steps": -1}])
 def test_bad_numbers(bad):
     assert error_of(counting(**bad)).startswith("action_repeat and image_size start at 1")
+    assert error_of(counting(sticky=1.5)).startswith("action_repeat and image_size start")
     assert "at least 1, got 0" in error_of(counting(), num_envs=0)
 
 
@@ -630,5 +824,5 @@ def test_bad_numbers(bad):
 def test_rendering_that_fails(num_envs):
     with closing(Envs(EnvConfig(FAKE + "Echo-v0", render=True), num_envs, 0)) as envs:
         envs.reset()
-        with pytest.raises(EnvError, match="cannot render .*NotImplementedError"):
+        with pytest.raises(EnvError, match="cannot render: NotImplementedError"):
             envs.render()

@@ -1,7 +1,7 @@
 """The replay buffer: windows are whole, uniform and honest, also after any number of crashes.
 
 A row holds its own number and the life (process) that wrote it, so that a sampled window shows
-where it comes from.
+where it comes from. The buffer is the same in every script (tests/sameness.py).
 """
 
 import shutil
@@ -13,27 +13,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import runs
-from common.envs import EnvSpec, EnvStep
+from common.devices import Feeder
+from common.envs import EnvSpec
+from common.files import UserError
+from common.vector import EnvStep
+from dreamer_v3 import ReplayBuffer
 
 SPECS = {"both": EnvSpec((2, 2, 1), 3, 2, True), "image": EnvSpec((2, 2, 1), 0, 2, True),
          "vector": EnvSpec(None, 3, 2, False)}
-CPU = torch.device("cpu")
-MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # hundreds of small files: no disk for them
+VECTOR, CPU = SPECS["vector"], torch.device("cpu")
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # hundreds of files: no disk for them
 
 
 def examples(number: int):
     return settings(derandomize=True, deadline=None, max_examples=number, database=None,
                     suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture(scope="module", params=SCRIPTS)
-def module(request):
-    return __import__(request.param)
 
 
 @contextmanager
@@ -49,10 +46,11 @@ def folder():
 def row(number: int, life: int, num_envs: int, spec: EnvSpec) -> tuple[EnvStep, np.ndarray]:
     """Row `number` of every environment, as written by the process `life`."""
     env = np.arange(num_envs)
-    vector = np.stack([np.full(num_envs, number), env, np.full(num_envs, life)], 1).astype(np.float32)
+    vector = np.stack([np.full(num_envs, number), env, np.full(num_envs, life)], 1)
     image = np.full((num_envs, 2, 2, 1), number % 256, np.uint8)
     action = np.stack([np.full(num_envs, number), 1000 * life + env], 1).astype(np.float32)
-    step = EnvStep(image if spec.image_shape else None, vector if spec.vector_dim else None,
+    step = EnvStep(image if spec.image_shape else None,
+                   vector.astype(np.float32) if spec.vector_dim else None,
                    np.full(num_envs, number, np.float32), np.full(num_envs, number % 5 == 0),
                    np.full(num_envs, number % 5 == 4), np.full(num_envs, number % 10 == 9),
                    np.zeros(num_envs), np.zeros(num_envs, np.int64))
@@ -61,13 +59,13 @@ def row(number: int, life: int, num_envs: int, spec: EnvSpec) -> tuple[EnvStep, 
 
 def fill(buffer, numbers, life: int, spec: EnvSpec) -> None:
     for number in numbers:
-        buffer.add(*row(number, life, buffer.num_envs, spec))
+        buffer.add(*row(number, life, buffer.rings.num_envs, spec))
 
 
 def check(batch, spec: EnvSpec, num_envs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All fields of all rows belong together; returns (T, B) row numbers and lives, and (B,) envs."""
+    """All fields of all rows belong together; gives (T, B) row numbers and lives, and (B,) envs."""
     numbers = batch.action[..., 0].numpy().astype(int)
-    lives, envs = (batch.action[..., 1].numpy().astype(int) // 1000, batch.action[..., 1].numpy() % 1000)
+    lives, envs = np.divmod(batch.action[..., 1].numpy().astype(int), 1000)
     steps = numbers - numbers[0]
     assert (steps == np.arange(len(steps))[:, None]).all(), f"not contiguous: {numbers.T}"
     assert (envs == envs[0]).all() and set(envs[0]) <= set(range(num_envs))
@@ -89,11 +87,11 @@ def check(batch, spec: EnvSpec, num_envs: int) -> tuple[np.ndarray, np.ndarray, 
 @examples(60)
 @given(capacity=st.integers(1, 12), rows=st.integers(0, 40), num_envs=st.integers(1, 3),
        length=st.integers(1, 12), parts=st.sampled_from(list(SPECS)))
-def test_windows_are_contiguous_and_never_cross_the_write_position(module, capacity, rows, num_envs, length,
+def test_windows_are_contiguous_and_never_cross_the_write_position(capacity, rows, num_envs, length,
                                                                    parts):
     spec = SPECS[parts]
     with folder() as path:
-        buffer = module.ReplayBuffer(path, spec, capacity, num_envs, 0)
+        buffer = ReplayBuffer(path, spec, capacity, num_envs, 0)
         fill(buffer, range(rows), 0, spec)
         oldest = max(0, rows - capacity)
         assert buffer.windows(length) == max(0, rows - oldest - length + 1)
@@ -105,73 +103,91 @@ def test_windows_are_contiguous_and_never_cross_the_write_position(module, capac
 
 
 @pytest.mark.parametrize("rows", [7, 10, 26])
-def test_uniform_over_all_starts(module, tmp_path, rows):
+def test_uniform_over_all_starts(tmp_path, rows):
     """Chi-square with 13 (or 7) degrees of freedom at p = 0.001, with a fixed seed."""
-    buffer = module.ReplayBuffer(tmp_path / "replay", SPECS["vector"], 10, 2, 3)
-    fill(buffer, range(rows), 0, SPECS["vector"])
+    buffer = ReplayBuffer(tmp_path / "replay", VECTOR, 10, 2, 3)
+    fill(buffer, range(rows), 0, VECTOR)
     draws, starts = 14_000, buffer.windows(4)
-    numbers, _, envs = check(buffer.sample(draws, 4, buffer.rng), SPECS["vector"], 2)
+    numbers, _, envs = check(buffer.sample(draws, 4, buffer.rng), VECTOR, 2)
     oldest = max(0, rows - 10)
     counts = np.zeros((starts, 2))
-    np.add.at(counts, (numbers[0] - oldest, envs.astype(int)), 1)
+    np.add.at(counts, (numbers[0] - oldest, envs), 1)
     assert counts.shape == (min(rows, 10) - 3, 2) and counts.all(), "a start is never drawn"
     expected = draws / counts.size
     critical = {8: 24.32, 14: 34.53}[counts.size]
     assert ((counts - expected) ** 2 / expected).sum() < critical
 
 
-def test_the_running_episode_can_be_sampled(module, tmp_path):
-    buffer = module.ReplayBuffer(tmp_path / "replay", SPECS["vector"], 10, 1, 0)
-    fill(buffer, range(3), 0, SPECS["vector"])  # the first episode has five rows
-    numbers, _, _ = check(buffer.sample(50, 3, buffer.rng), SPECS["vector"], 1)
+def test_the_running_episode_can_be_sampled(tmp_path):
+    buffer = ReplayBuffer(tmp_path / "replay", VECTOR, 10, 1, 0)
+    fill(buffer, range(3), 0, VECTOR)  # the first episode has five rows
+    numbers, _, _ = check(buffer.sample(50, 3, buffer.rng), VECTOR, 1)
     assert (numbers[0] == 0).all()
-    fill(buffer, range(3, 4), 0, SPECS["vector"])
-    numbers, _, _ = check(buffer.sample(50, 3, buffer.rng), SPECS["vector"], 1)
+    fill(buffer, range(3, 4), 0, VECTOR)
+    numbers, _, _ = check(buffer.sample(50, 3, buffer.rng), VECTOR, 1)
     assert set(numbers[-1]) == {2, 3}, "the newest row is left out"
 
 
-def test_only_the_first_row_is_forced_to_be_first(module, tmp_path):
-    buffer = module.ReplayBuffer(tmp_path / "replay", SPECS["vector"], 20, 1, 0)
-    fill(buffer, range(20), 0, SPECS["vector"])
-    before = np.array(buffer.rings["is_first"])
+def test_sampling_changes_nothing_that_is_stored(tmp_path):
+    """Only the first row of a window is forced to be first, and only in the copy."""
+    buffer = ReplayBuffer(tmp_path / "replay", VECTOR, 20, 1, 0)
+    fill(buffer, range(20), 0, VECTOR)
     for _ in range(20):
-        check(buffer.sample(8, 7, buffer.rng), SPECS["vector"], 1)
-    assert (buffer.rings["is_first"] == before).all(), "sampling changed what is stored"
-    first = buffer.sample(1, 7, buffer.rng)
-    first.reward.zero_()
-    first.action.zero_()
-    check(buffer.sample(100, 7, buffer.rng), SPECS["vector"], 1)
+        batch = buffer.sample(8, 7, buffer.rng)
+        check(batch, VECTOR, 1)
+        for tensor in filter(torch.is_tensor, batch):
+            tensor.zero_()
+    stored = np.load(tmp_path / "replay" / "is_first.npy")
+    assert (stored == (np.arange(20) % 5 == 0)).all()
 
 
-def test_rows_are_as_they_were_given(module, tmp_path):
+def test_rows_are_as_they_were_given(tmp_path):
     """Types and shapes in the files, one ring per environment."""
     spec = SPECS["both"]
-    buffer = module.ReplayBuffer(tmp_path / "replay", spec, 6, 2, 0)
+    buffer = ReplayBuffer(tmp_path / "replay", spec, 6, 2, 0)
     fill(buffer, range(4), 0, spec)
-    buffer.flush()
+    buffer.rings.flush()
     shapes = {path.stem: (np.load(path).dtype.name, np.load(path).shape)
               for path in (tmp_path / "replay").glob("*.npy") if path.stem != "rows"}
     assert shapes == {"action": ("float32", (2, 6, 2)), "reward": ("float32", (2, 6)),
                       "is_first": ("bool", (2, 6)), "is_terminal": ("bool", (2, 6)),
                       "image": ("uint8", (2, 6, 2, 2, 1)), "vector": ("float32", (2, 6, 3))}
     check(buffer.sample(9, 3, buffer.rng), spec, 2)  # the pages come back after flush
+    assert buffer.rings.gibibytes * 2**30 == 2 * 6 * (8 + 4 + 1 + 1 + 4 + 12)
 
 
-def test_another_generator_leaves_the_own_one_alone(module, tmp_path):
+def test_another_generator_leaves_the_own_one_alone(tmp_path):
     """A video must not change what the agent learns from."""
-    buffer = module.ReplayBuffer(tmp_path / "replay", SPECS["vector"], 9, 1, 0)
-    fill(buffer, range(9), 0, SPECS["vector"])
+    buffer = ReplayBuffer(tmp_path / "replay", VECTOR, 9, 1, 0)
+    fill(buffer, range(9), 0, VECTOR)
     state = buffer.rng.bit_generator.state
     one, two = (buffer.sample(5, 2, np.random.default_rng(7)) for _ in range(2))
     assert buffer.rng.bit_generator.state == state and torch.equal(one.reward, two.reward)
 
 
-def test_other_settings_than_the_files_are_refused(module, tmp_path):
-    module.ReplayBuffer(tmp_path / "replay", SPECS["both"], 9, 2, 0)
-    for spec, capacity, num_envs in ((SPECS["both"], 8, 2), (SPECS["both"], 9, 1),
-                                     (EnvSpec((2, 2, 3), 3, 2, True), 9, 2)):
-        with pytest.raises(runs.UserError, match="other settings"):
-            module.ReplayBuffer(tmp_path / "replay", spec, capacity, num_envs, 0)
+@pytest.mark.parametrize("spec, capacity, num_envs", [
+    (SPECS["both"], 8, 2), (SPECS["both"], 9, 1), (EnvSpec((2, 2, 3), 3, 2, True), 9, 2)])
+def test_other_settings_than_the_files_are_refused(tmp_path, spec, capacity, num_envs):
+    ReplayBuffer(tmp_path / "replay", SPECS["both"], 9, 2, 0)
+    with pytest.raises(UserError, match="other settings"):
+        ReplayBuffer(tmp_path / "replay", spec, capacity, num_envs, 0)
+
+
+def test_a_recording_without_a_part_is_refused(tmp_path):
+    ReplayBuffer(tmp_path / "replay", VECTOR, 9, 2, 0)
+    with pytest.raises(UserError, match="image.npy"):
+        ReplayBuffer(tmp_path / "replay", SPECS["both"], 9, 2, 0)
+
+
+def test_read_only(tmp_path):
+    """--dream and --evaluate read the rings of a run that may still go on, and write nothing."""
+    buffer = ReplayBuffer(tmp_path / "replay", VECTOR, 9, 1, 0)
+    fill(buffer, range(9), 0, VECTOR)
+    reader = ReplayBuffer(tmp_path / "replay", VECTOR, 9, 1, 0, writable=False)
+    check(reader.sample(20, 4, reader.rng), VECTOR, 1)
+    with pytest.raises(ValueError, match="read-only"):
+        fill(reader, [9], 0, VECTOR)
+    reader.rings.flush()
 
 
 # ---- Crash and resume ----------------------------------------------------------------------------
@@ -179,30 +195,34 @@ def test_other_settings_than_the_files_are_refused(module, tmp_path):
 class Story:
     """A buffer through crashes, next to a record of what its rows ought to hold."""
 
-    def __init__(self, module, path: Path, spec: EnvSpec, capacity: int, num_envs: int):
-        self.make = lambda: module.ReplayBuffer(path, spec, capacity, num_envs, 0)
+    def __init__(self, path: Path, spec: EnvSpec, capacity: int, num_envs: int):
+        self.make = lambda: ReplayBuffer(path, spec, capacity, num_envs, 0)
         self.spec, self.capacity, self.num_envs = spec, capacity, num_envs
-        self.buffer, self.written, self.life, self.begun = self.make(), [], 0, 0  # written: life of each row
-        self.saved = None
+        self.buffer, self.life, self.begun = self.make(), 0, 0
+        self.written = []  # life of each row
         self.checkpoint()
 
+    @property
+    def count(self) -> int:
+        return self.buffer.rings.count
+
     def add(self, number: int) -> None:
-        fill(self.buffer, range(self.buffer.count, self.buffer.count + number), self.life, self.spec)
+        fill(self.buffer, range(self.count, self.count + number), self.life, self.spec)
         self.written += [self.life] * number
-        self.begun = max(self.begun, self.buffer.count)
+        self.begun = max(self.begun, self.count)
 
     def checkpoint(self) -> None:
-        self.buffer.flush()
+        self.buffer.rings.flush()
         self.saved = self.buffer.state_dict(), len(self.written)
 
     def crash(self, in_the_middle: bool) -> None:
         """Killed, maybe when only some of the fields of a row are written; then resumed."""
         if in_the_middle:
-            names = sorted(self.buffer.rings)
-            self.buffer.rings = {name: self.buffer.rings[name] for name in names[:2]} | {"gone": None}
+            files = self.buffer.rings.files
+            self.buffer.rings.files = {name: files[name] for name in sorted(files)[:2]} | {"x": 0}
             with pytest.raises(KeyError):
-                self.buffer.add(*row(self.buffer.count, 99, self.num_envs, self.spec))
-            self.begun = max(self.begun, self.buffer.count + 1)
+                self.buffer.add(*row(self.count, 99, self.num_envs, self.spec))
+            self.begun = max(self.begun, self.count + 1)
         self.buffer = self.make()
         self.buffer.load_state_dict(self.saved[0])
         self.written, self.life = self.written[:self.saved[1]], self.life + 1
@@ -210,129 +230,152 @@ class Story:
     def check(self, length: int) -> None:
         buffer, count = self.buffer, len(self.written)
         oldest = max(0, self.begun - self.capacity)
-        assert buffer.count == count
-        assert buffer.windows(length) == max(0, count - oldest - length + 1), "rows are lost for nothing"
+        assert self.count == count
+        assert buffer.windows(length) == max(0, count - oldest - length + 1), "rows are lost"
         if not buffer.windows(length):
             return
-        numbers, lives, _ = check(buffer.sample(30, length, buffer.rng), self.spec, self.num_envs)
+        sampled = buffer.sample(30, length, buffer.rng)
+        numbers, lives, _ = check(sampled, self.spec, self.num_envs)
         assert oldest <= numbers.min() and numbers.max() < count
         assert (lives == np.array(self.written)[numbers]).all(), "a row of a time that was undone"
 
 
-EVENTS = st.one_of(st.tuples(st.just("add"), st.integers(1, 9)), st.tuples(st.just("checkpoint"), st.none()),
+EVENTS = st.one_of(st.tuples(st.just("add"), st.integers(1, 9)), st.just(("checkpoint",)),
                    st.tuples(st.just("crash"), st.booleans()))
 
 
 @examples(120)
 @given(capacity=st.integers(1, 8), num_envs=st.integers(1, 2), length=st.integers(1, 4),
        events=st.lists(EVENTS, min_size=3, max_size=14), parts=st.sampled_from(list(SPECS)))
-def test_any_sequence_of_crashes_and_resumes(module, capacity, num_envs, length, events, parts):
+def test_any_sequence_of_crashes_and_resumes(capacity, num_envs, length, events, parts):
     with folder() as path:
-        story = Story(module, path, SPECS[parts], capacity, num_envs)
-        for name, argument in events:
-            getattr(story, name)(*[] if argument is None else [argument])
+        story = Story(path, SPECS[parts], capacity, num_envs)
+        for name, *arguments in events:
+            getattr(story, name)(*arguments)
             story.check(length)
 
 
-def test_a_full_ring_gives_up_only_what_was_overwritten(module, tmp_path):
+def test_a_full_ring_gives_up_only_what_was_overwritten(tmp_path):
     """capacity 6: rows 4..9 at the checkpoint; rows 10, 11 of the killed process replaced 4, 5."""
-    story = Story(module, tmp_path / "replay", SPECS["vector"], 6, 1)
+    story = Story(tmp_path / "replay", VECTOR, 6, 1)
     story.add(10)
     story.checkpoint()
     story.add(2)
     story.crash(in_the_middle=False)
-    assert (story.buffer.oldest, story.buffer.count) == (6, 10)
-    numbers, _, _ = check(story.buffer.sample(200, 2, story.buffer.rng), SPECS["vector"], 1)
+    assert (story.buffer.rings.oldest, story.count) == (6, 10)
+    numbers, _, _ = check(story.buffer.sample(200, 2, story.buffer.rng), VECTOR, 1)
     assert set(numbers[0]) == {6, 7, 8}
     story.add(2)
-    assert (story.buffer.oldest, story.buffer.count) == (6, 12), "whole again"
+    assert (story.buffer.rings.oldest, story.count) == (6, 12), "whole again"
     story.check(2)
 
 
-def test_files_older_than_the_checkpoint_are_refused(module, tmp_path):
-    buffer = module.ReplayBuffer(tmp_path / "replay", SPECS["vector"], 6, 1, 0)
-    fill(buffer, range(3), 0, SPECS["vector"])
+def test_files_older_than_the_checkpoint_are_refused(tmp_path):
+    buffer = ReplayBuffer(tmp_path / "replay", VECTOR, 6, 1, 0)
+    fill(buffer, range(3), 0, VECTOR)
     state = buffer.state_dict() | {"count": 5}
-    with pytest.raises(runs.UserError, match="older than the checkpoint"):
+    with pytest.raises(UserError, match="older than the checkpoint"):
         buffer.load_state_dict(state)
 
 
-def test_reopened_without_a_checkpoint(module, tmp_path):
+@pytest.mark.parametrize("begun, complete", [(2, 3), (3, -1)])
+def test_counters_that_cannot_be_are_refused(tmp_path, begun, complete):
+    ReplayBuffer(tmp_path / "replay", VECTOR, 6, 1, 0)
+    np.save(tmp_path / "replay" / "rows.npy", np.array([begun, complete]))
+    with pytest.raises(UserError, match="rows.npy"):
+        ReplayBuffer(tmp_path / "replay", VECTOR, 6, 1, 0)
+
+
+def test_reopened_without_a_checkpoint(tmp_path):
     """--offline: all rows that were completed."""
-    buffer = module.ReplayBuffer(tmp_path / "replay", SPECS["vector"], 6, 1, 0)
-    fill(buffer, range(9), 0, SPECS["vector"])
-    again = module.ReplayBuffer(tmp_path / "replay", SPECS["vector"], 6, 1, 0)
-    assert (again.oldest, again.count) == (3, 9)
-    check(again.sample(20, 4, again.rng), SPECS["vector"], 1)
+    fill(ReplayBuffer(tmp_path / "replay", VECTOR, 6, 1, 0), range(9), 0, VECTOR)
+    again = ReplayBuffer(tmp_path / "replay", VECTOR, 6, 1, 0)
+    assert (again.rings.oldest, again.rings.count) == (3, 9)
+    check(again.sample(20, 4, again.rng), VECTOR, 1)
 
 
 # ---- Feeder --------------------------------------------------------------------------------------
 
-def turns(feeder, spec: EnvSpec, schedule: list[int], life: int = 0) -> list[np.ndarray]:
+class Streams(Feeder):
+    """A feeder as on a GPU, whose streams are simulated: `events` says what happened to them."""
+
+    def __init__(self, monkeypatch, *arguments):
+        super().__init__(*arguments)
+        events = self.events = []
+        self.stream = SimpleNamespace(name="side", synchronize=lambda: events.append("waited"))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(
+            events.append(("copy in", stream.name))))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(
+            name="update", wait_stream=lambda stream: events.append(("update waits", stream.name))))
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: events.append(
+            (tensor.data_ptr(), stream.name)))
+
+
+def turns(feeder: Feeder, spec: EnvSpec, schedule: list[int]) -> list[np.ndarray]:
     """The main loop: add a row, make some updates, each of which prepares the next; the batches."""
     drawn = []
     for updates in schedule:
-        fill(feeder.replay, [feeder.replay.count], life, spec)
+        fill(feeder.replay, [feeder.replay.rings.count], 0, spec)
         for _ in range(updates):
             drawn.append(feeder.next().action.numpy().copy())
             feeder.prepare()
     return drawn
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @examples(40)
 @given(before=st.lists(st.integers(0, 2), min_size=1, max_size=6),
        after=st.lists(st.integers(0, 2), min_size=1, max_size=6), capacity=st.integers(4, 12))
-def test_a_resume_draws_the_same_batches(module, before, after, capacity):
-    """Stopped after a save and resumed, or not stopped: the same sequence of batches."""
-    spec = SPECS["vector"]
-    with folder() as path:
+def test_a_resume_draws_the_same_batches(on_gpu, before, after, capacity):
+    """Stopped after a save and resumed, or not stopped: the same sequence of batches.
+
+    On a GPU a batch waits at the time of the save. It belongs to the state, for the row that is
+    added next may replace one that it was drawn from.
+    """
+    with folder() as path, pytest.MonkeyPatch.context() as monkeypatch:
         def make(name):
-            replay = module.ReplayBuffer(path.parent / name, spec, capacity, 1, 5)
-            return module.Feeder(replay, CPU, 3, 2)
+            replay = ReplayBuffer(path.parent / name, VECTOR, capacity, 1, 5)
+            return Streams(monkeypatch, replay, CPU, 3, 2) if on_gpu else Feeder(replay, CPU, 3, 2)
 
         feeder = make("one")
-        fill(feeder.replay, range(4), 0, spec)
-        turns(feeder, spec, before)
-        feeder.replay.flush()
-        state = feeder.replay.state_dict()
+        fill(feeder.replay, range(4), 0, VECTOR)
+        turns(feeder, VECTOR, before)
+        feeder.replay.rings.flush()
+        state, feeding = feeder.replay.state_dict(), feeder.state_dict()
+        assert (feeding["waiting"] is not None) == (on_gpu and sum(before) > 0)
         shutil.copytree(path.parent / "one", path.parent / "two")
-        on = turns(feeder, spec, after)
+        on = turns(feeder, VECTOR, after)
         resumed = make("two")
         resumed.replay.load_state_dict(state)
-        again = turns(resumed, spec, after)
+        resumed.load_state_dict(feeding)
+        again = turns(resumed, VECTOR, after)
         assert len(on) == len(again) == sum(after)
         assert all((a == b).all() for a, b in zip(on, again))
 
 
-def test_feeder_hands_out_what_it_prepared(module, tmp_path):
-    """On a GPU the next batch waits; on a CPU nothing does, so that a resume is exact."""
-    spec = SPECS["both"]
-    feeder = module.Feeder(module.ReplayBuffer(tmp_path / "replay", spec, 9, 2, 5), CPU, 3, 2)
-    fill(feeder.replay, range(9), 0, spec)
-    first = feeder.next()
+def test_nothing_waits_on_a_cpu(tmp_path):
+    feeder = Feeder(ReplayBuffer(tmp_path / "replay", VECTOR, 9, 2, 5), CPU, 3, 2)
+    fill(feeder.replay, range(1), 0, VECTOR)
+    assert not feeder.ready(), "a window has two rows"
+    fill(feeder.replay, range(1, 9), 0, VECTOR)
+    assert feeder.ready()
     feeder.prepare()
     assert feeder.waiting is None
-    feeder.waiting = waiting = feeder.draw()
-    assert feeder.next() is waiting and feeder.waiting is None
-    assert not torch.equal(first.action, waiting.action)
-    check(waiting, spec, 2)
+    one, two = feeder.next(), feeder.next()
+    assert not torch.equal(one.action, two.action)
+    check(one, VECTOR, 2)
 
 
-def test_a_prepared_batch_is_used_after_its_copy(module, tmp_path, monkeypatch):
-    """With the GPU's streams simulated: the update waits for the copy and claims every tensor."""
-    spec, events = SPECS["vector"], []
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(
-        events.append(("copy in", stream))))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(
-        name="update", wait_stream=lambda stream: events.append(("update waits for", stream))))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: events.append(
-        (tensor.data_ptr(), stream.name)))
-    feeder = module.Feeder(module.ReplayBuffer(tmp_path / "replay", spec, 9, 2, 5), CPU, 3, 2)
-    fill(feeder.replay, range(9), 0, spec)
-    feeder.stream = "side"
+def test_a_prepared_batch_is_used_after_its_copy(tmp_path, monkeypatch):
+    """The update waits for the copy and claims every tensor; a save waits for it, too."""
+    replay = ReplayBuffer(tmp_path / "replay", VECTOR, 9, 2, 5)
+    fill(replay, range(9), 0, VECTOR)
+    feeder = Streams(monkeypatch, replay, CPU, 3, 2)
     feeder.prepare()
-    assert feeder.waiting is not None and events == [("copy in", "side")]
     waiting = feeder.waiting
+    assert waiting is not None and feeder.events == [("copy in", "side")]
+    saved = feeder.state_dict()["waiting"]
+    assert feeder.events.pop() == "waited" and len(saved) == len(waiting)
     assert feeder.next() is waiting and feeder.waiting is None
-    assert events[1] == ("update waits for", "side")
-    assert events[2:] == [(x.data_ptr(), "update") for x in waiting if x is not None]
+    assert feeder.events[1] == ("update waits", "side")
+    assert feeder.events[2:] == [(x.data_ptr(), "update") for x in waiting if x is not None]

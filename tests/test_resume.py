@@ -14,58 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import SCRIPTS
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.envs import EnvSpec
-from common.runs import load_checkpoint
+from tests.command_lines import MAIN, assert_identical, assert_one_line, load, only, scalars, tiny_run
 from tests.resume_envs import LENGTH, check_rows, life_of
-
-TINY = """--size XXS --deter 8 --hidden 8 --units 8 --stoch 2 --classes 2 --layers 1 --depth 2 --horizon 3
-    --batch-size 3 --batch-length 5 --train-ratio 15 --image-size 8 --threads 1 --no-cuda""".split()
-TIMING = ("charts/SPS", "charts/updates_per_second")
-
-
-def flags(text: str) -> list[str]:
-    return [*TINY, *text.split()]
-
-
-def only(paths) -> Path:
-    path, = paths
-    return path
-
-
-def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """All curves, of all event files together, without those that depend on the clock."""
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]
-            if tag not in TIMING}
-
-
-def load(run_dir: Path, script: str) -> dict:
-    return load_checkpoint(run_dir / "checkpoint.pt", script, "cpu")
-
-
-def assert_identical(one, two, where="checkpoint") -> None:
-    """Bit for bit, with the names of what differs."""
-    assert type(one) is type(two), where
-    if isinstance(one, dict):
-        assert list(one) == list(two), where
-        for key in one:
-            assert_identical(one[key], two[key], f"{where}[{key!r}]")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), where
-        for index, pair in enumerate(zip(one, two)):
-            assert_identical(*pair, f"{where}[{index}]")
-    else:
-        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, where
-
-
-def assert_one_line(done, *words: str) -> None:
-    lines = [line for line in done.err.split("\n") if line.startswith("error: ")]
-    assert done.code == 1 and len(lines) == 1 and "Traceback" not in done.err, str(done)
-    assert not [word for word in words if word not in lines[0]], lines[0]
 
 
 def last_write(path: Path) -> int:
@@ -75,62 +28,58 @@ def last_write(path: Path) -> int:
         return 0
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
-def script(request):
-    return request.param
-
-
 # ---- Exact, while no step of an environment lies between ------------------------------------------
 
-ENVS = {"both": "tests.fake_envs:Counting-v0", "continuous": "tests.fake_envs:CountingBoxVector-v0"}
-# Update s at timestep s, and everything that draws random numbers is on.
-OFFLINE = flags("--learning-starts 1 --log-every 10 --video-every 30 --checkpoint-every 25")
+BOTH, CONTINUOUS = "fake_envs:Counting", "fake_envs:CountingBoxVector"
 
 
-@pytest.fixture(scope="module", params=ENVS)
-def recording(request, script, cli, tmp_path_factory):
-    """(environment, a run of 30 timesteps, a run of 200 updates on its replay)"""
-    folder = tmp_path_factory.mktemp("offline")
-    run = ["--env-id", ENVS[request.param], *flags("--learning-starts 29 --video-every 0"),
-           "--total-timesteps", 30, "--runs-dir", "recorded"]
-    assert cli(script, *run, cwd=folder).code == 0
-    recorded = only((folder / "recorded").iterdir())
-    run = ["--env-id", ENVS[request.param], *OFFLINE, "--offline", recorded]
-    done = cli(script, *run, "--total-timesteps", 200, "--runs-dir", "straight", cwd=folder)
-    assert done.code == 0, str(done)
-    straight = only((folder / "straight").iterdir())
-    assert (load(straight, script)["step"], load(straight, script)["updates"]) == (200, 200)
-    return run, straight
+@pytest.fixture(scope="module")
+def recordings(cli, tmp_path_factory):
+    """(script, environment) -> the flags of runs on a replay of 30 timesteps, and one of 200 updates."""
+    made = {}
+
+    def make(script, env):
+        if (script, env) not in made:
+            folder = tmp_path_factory.mktemp("offline")
+            run = tiny_run(script, env, 30, "--runs-dir", "recorded", learning_starts=29)
+            assert cli(script, *run, cwd=folder).code == 0
+            # Update s at timestep s, and everything that draws random numbers is on.
+            run = tiny_run(script, env, 200, "--offline", only((folder / "recorded").iterdir()),
+                           "--checkpoint-every", 25, learning_starts=1, video_every=30)
+            done = cli(script, *run, "--runs-dir", "straight", cwd=folder)
+            assert done.code == 0, str(done)
+            made[script, env] = run, only((folder / "straight").iterdir())
+        return made[script, env]
+
+    return make
 
 
 def assert_same_run(one: Path, two: Path, script: str) -> None:
-    """Parameters, moments, return scale, slow critic, counters, random states, sampler; curves."""
+    """Parameters, moments, statistics, slow critic, counters, random states, sampler; curves."""
     a, b = load(one, script), load(two, script)
-    assert {"step", "updates", "agent", "adam", "ranks"} <= a.keys()
-    assert len(a["adam"]) == 3 and all(a["adam"].values()), "no moments"
-    assert [name for name in a["agent"] if name.startswith("slow_critic")]
+    assert len(a["optimizers"]) == 3 and all(a["optimizers"].values()), "no moments"
     assert_identical(a, b)
     assert scalars(one) == scalars(two)
 
 
-def test_100_and_resume_and_100_are_200_updates(script, recording, cli, tmp_path):
-    run, straight = recording
+@pytest.mark.parametrize("script, env", [*((script, BOTH) for script in SCRIPTS), (MAIN, CONTINUOUS)])
+def test_100_and_resume_and_100_are_200_updates(script, env, recordings, cli, tmp_path):
+    run, straight = recordings(script, env)
     assert cli(script, *run, "--total-timesteps", 100, cwd=tmp_path).code == 0
     resumed = only((tmp_path / "runs").iterdir())
-    assert load(resumed, script)["updates"] == 100
     done = cli(script, "--resume", resumed, "--total-timesteps", 200, cwd=tmp_path)
     assert done.code == 0, str(done)
     assert_same_run(resumed, straight, script)
 
 
-def test_stopped_and_killed_anywhere_it_is_still_200_updates(script, recording, cli, tmp_path):
+def test_stopped_and_killed_anywhere_it_is_still_200_updates(recordings, cli, tmp_path):
     """TERM once, then KILL three times, at random moments."""
-    run, straight = recording
-    chance, first = random.Random(0), [*run, "--total-timesteps", 200]
+    run, straight = recordings(MAIN, BOTH)
+    chance = random.Random(0)
     for number in (signal.SIGTERM, *[signal.SIGKILL] * 3, 0):
         paths = list((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else []
         before = last_write(paths[0] / "checkpoint.pt") if paths else 0
-        with cli.start(script, *(["--resume", paths[0]] if paths else first), cwd=tmp_path) as running:
+        with cli.start(MAIN, *(["--resume", paths[0]] if paths else run), cwd=tmp_path) as running:
             if number:
                 running.wait_for(lambda: any(last_write(path) > before for path in
                                              (tmp_path / "runs").glob("*/checkpoint.pt")))
@@ -139,40 +88,41 @@ def test_stopped_and_killed_anywhere_it_is_still_200_updates(script, recording, 
                     running.kill(number)
             done = running.wait()
         assert done.code in (0, -signal.SIGKILL) and "Traceback" not in done.err, str(done)
-    assert_same_run(only((tmp_path / "runs").iterdir()), straight, script)
+    assert_same_run(only((tmp_path / "runs").iterdir()), straight, MAIN)
 
 
 # ---- With environment steps ----------------------------------------------------------------------
 
-ONLINE = flags("--env-id tests.fake_envs:Counting-v0 --learning-starts 10 --log-every 10 --video-every 0")
+def online(steps: int, *more, **changes) -> list[str]:
+    return tiny_run(MAIN, BOTH, steps, *more, **{"learning_starts": 10} | changes)
 
 
-def test_resume_restores_everything(script, cli, tmp_path):
+def test_resume_restores_everything(cli, tmp_path):
     """A resume that has nothing left to do saves what it loaded: that must be all of it."""
-    assert cli(script, *ONLINE, "--total-timesteps", 25, cwd=tmp_path).code == 0
+    assert cli(MAIN, *online(25), cwd=tmp_path).code == 0
     run_dir = only((tmp_path / "runs").iterdir())
-    before, rows = load(run_dir, script), np.load(run_dir / "replay" / "rows.npy")
+    before, rows = load(run_dir), np.load(run_dir / "replay" / "rows.npy")
     content = (run_dir / "checkpoint.pt").stat().st_mtime_ns
-    done = cli(script, "--resume", run_dir, cwd=tmp_path)
+    done = cli(MAIN, "--resume", run_dir, cwd=tmp_path)
     assert done.code == 0 and last_write(run_dir / "checkpoint.pt") > content, str(done)
-    assert_identical(load(run_dir, script), before)
+    assert_identical(load(run_dir), before)
     assert (before["step"], before["updates"]) == (25, 16)
     assert before["ranks"][0]["replay"]["count"] == 25
     assert {"python", "numpy", "torch"} <= before["ranks"][0]["rng"].keys()
     assert (np.load(run_dir / "replay" / "rows.npy") == rows).all()
 
 
-def test_curves_go_on_without_gap_or_duplicate(script, cli, tmp_path):
+def test_curves_go_on_without_gap_or_duplicate(cli, tmp_path):
     """Killed at 60 or later with a checkpoint at 40 that is younger than TensorBoard's last flush."""
-    run = [*ONLINE, "--total-timesteps", 100_000, "--buffer-size", 100, "--checkpoint-every", 40]
-    with cli.start(script, *run, cwd=tmp_path) as running:
+    run = online(100_000, "--buffer-size", 100, "--checkpoint-every", 40)
+    with cli.start(MAIN, *run, cwd=tmp_path) as running:
         rows = "runs/*/replay/rows.npy"
         running.wait_for(lambda: any(np.fromfile(p, np.int64)[-1] >= 60 for p in tmp_path.glob(rows)))
         running.kill(signal.SIGKILL)
         running.wait()
     run_dir = only((tmp_path / "runs").iterdir())
-    start = load(run_dir, script)["step"]
-    done = cli(script, "--resume", run_dir, "--total-timesteps", start + 40, cwd=tmp_path)
+    start = load(run_dir)["step"]
+    done = cli(MAIN, "--resume", run_dir, "--total-timesteps", start + 40, cwd=tmp_path)
     assert done.code == 0, str(done)
     curves = scalars(run_dir)
     assert [step for step, _ in curves["loss/model"]] == list(range(10, start + 41, 10))
@@ -182,18 +132,17 @@ def test_curves_go_on_without_gap_or_duplicate(script, cli, tmp_path):
 
 # ---- Killed again and again ----------------------------------------------------------------------
 
-LIFE = flags("""--env-id tests.resume_envs:Life-v0 --learning-starts 16 --train-ratio 7.5 --log-every 20
-    --buffer-size 64 --checkpoint-every 8 --video-every 50 --model-lr 3e-3 --actor-lr 3e-3
-    --critic-lr 3e-3""")
 TOTAL = 640  # timesteps of the whole run
+LIFE = tiny_run(MAIN, "resume_envs:Life", TOTAL, learning_starts=16, train_ratio=7.5, log_every=20, buffer_size=64,
+                checkpoint_every=8, video_every=50, model_lr=3e-3, actor_lr=3e-3, critic_lr=3e-3)
 
 
 class Kills:
     """One run, killed and resumed; after every kill all that it left is looked at."""
 
-    def __init__(self, cli, script: str, folder: Path, num_envs: int):
-        self.cli, self.script, self.folder, self.num_envs = cli, script, folder, num_envs
-        self.module, self.starts, self.step, self.updates = __import__(script), [0], 0, 0
+    def __init__(self, cli, folder: Path, num_envs: int):
+        self.cli, self.folder, self.num_envs = cli, folder, num_envs
+        self.module, self.starts, self.step, self.updates = __import__(MAIN), [0], 0, 0
         self.found_tmp = self.rows_checked = 0
         self.begin_life()
 
@@ -207,7 +156,7 @@ class Kills:
     def start(self, *more):
         run = ["--resume", self.run_dir] if (self.folder / "runs").exists() else [
             *LIFE, "--num-envs", self.num_envs]
-        return self.cli.start("tests/checked_run", self.script, *run, *more, cwd=self.folder)
+        return self.cli.start("tests/checked_run", MAIN, *run, *more, cwd=self.folder)
 
     def kill_once(self, chance: random.Random, moment: str) -> None:
         """moment: "any", counted from the start of the process; "running", after up to five of its
@@ -240,17 +189,18 @@ class Kills:
         self.found_tmp += (run_dir / "checkpoint.pt.tmp").exists()
         saved = json.loads((run_dir / "args.json").read_text())["args"]
         assert saved["env_id"] == "tests.resume_envs:Life-v0" and saved["num_envs"] == num_envs
-        state = load(run_dir, self.script)
+        state = load(run_dir)
         count = state["ranks"][0]["replay"]["count"]
         assert state["step"] == count * num_envs >= self.step and state["updates"] >= self.updates
         self.step, self.updates = state["step"], state["updates"]
 
         replay = self.module.ReplayBuffer(run_dir / "replay", EnvSpec(None, 3, 2, True), 64 // num_envs,
                                           num_envs, 0)
-        assert replay.rows[0] >= count
+        rings = replay.rings
+        assert rings.rows[0] >= count
         replay.load_state_dict(state["ranks"][0]["replay"])
-        rows = np.arange(replay.oldest, count)
-        kept = {name: ring[:, rows % replay.capacity].swapaxes(0, 1) for name, ring in replay.rings.items()}
+        rows = np.arange(rings.oldest, count)
+        kept = rings.read(np.arange(num_envs), rows[:, None])
         if len(rows):
             assert (check_rows(**kept, starts=self.starts) == rows[:, None]).all()
             self.rows_checked += len(rows)
@@ -265,7 +215,7 @@ class Kills:
         with self.start("--total-timesteps", total) as running:
             done = running.wait()
         assert done.code == 0 and "Traceback" not in done.err, str(done)
-        assert load(self.run_dir, self.script)["step"] == total
+        assert load(self.run_dir)["step"] == total
         assert not list(self.run_dir.glob("**/*.tmp"))
 
     def ends(self, total: int) -> list[int]:
@@ -281,14 +231,14 @@ def mean_return(curve: list[tuple[int, float]]) -> float:
 
 
 @pytest.mark.parametrize("num_envs, number", [(1, 25), (2, 8)])
-def test_killed_at_random_moments(script, cli, tmp_path, num_envs, number):
+def test_killed_at_random_moments(cli, tmp_path, num_envs, number):
     """The curve of the whole has every episode that was not undone, once; and the agent learns as
     well as in runs that nobody kills: its mean return over the second half is compared."""
     chance = random.Random(num_envs)
     others = (["writing", "running", "any", "running", "writing"] * number)[:number - 1]
     moments = ["running", *chance.sample(others, len(others))]  # a shuffle; first of all a checkpoint
     (tmp_path / "killed").mkdir()
-    kills = Kills(cli, script, tmp_path / "killed", num_envs)
+    kills = Kills(cli, tmp_path / "killed", num_envs)
     for moment in moments:
         kills.kill_once(chance, moment)
         kills.look()
@@ -305,8 +255,8 @@ def test_killed_at_random_moments(script, cli, tmp_path, num_envs, number):
     for seed in (2, 3, 4):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        run = Kills(cli, script, folder, 1)
-        done = cli("tests/checked_run", script, *LIFE, "--seed", seed, "--total-timesteps", TOTAL, cwd=folder)
+        run = Kills(cli, folder, 1)
+        done = cli("tests/checked_run", MAIN, *LIFE, "--seed", seed, "--total-timesteps", TOTAL, cwd=folder)
         assert done.code == 0, str(done)
         curve_of_run = scalars(run.run_dir)["charts/episodic_return"]
         assert [step for step, _ in curve_of_run] == run.ends(TOTAL)
@@ -318,10 +268,10 @@ def test_killed_at_random_moments(script, cli, tmp_path, num_envs, number):
 # ---- A full disk ---------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
-def test_the_disk_fills_up_during_a_run(script, cli, tmp_path):
+def test_the_disk_fills_up_during_a_run(cli, tmp_path):
     """The limit on the size of files falls between two checkpoints; the second does not fit."""
-    run = [*ONLINE, "--total-timesteps", 100_000, "--buffer-size", 20, "--checkpoint-every", 20]
-    with cli.start(script, *run, cwd=tmp_path) as running:
+    run = online(100_000, "--buffer-size", 20, "--checkpoint-every", 20)
+    with cli.start(MAIN, *run, cwd=tmp_path) as running:
         def moments_saved():
             return any(path.stat().st_size > 90_000 for path in tmp_path.glob("runs/*/checkpoint.pt"))
 
@@ -331,35 +281,35 @@ def test_the_disk_fills_up_during_a_run(script, cli, tmp_path):
     assert_one_line(done, "cannot write", "checkpoint.pt", "intact")
     run_dir = only((tmp_path / "runs").iterdir())
     assert not list(run_dir.glob("**/*.tmp"))
-    start = load(run_dir, script)["step"]
+    start = load(run_dir)["step"]
     assert start >= 20 and start % 20 == 0
-    done = cli(script, "--resume", run_dir, "--total-timesteps", start + 10, cwd=tmp_path)
-    assert done.code == 0 and load(run_dir, script)["step"] == start + 10, str(done)
+    done = cli(MAIN, "--resume", run_dir, "--total-timesteps", start + 10, cwd=tmp_path)
+    assert done.code == 0 and load(run_dir)["step"] == start + 10, str(done)
 
 
-def no_room(script, cli, folder) -> list[Path]:
+def no_room(cli, folder) -> list[Path]:
     """The files that are left where the replay buffer did not fit."""
-    done = cli(script, *ONLINE, "--total-timesteps", 20_000, cwd=folder, file_limit=1_000_000)
+    done = cli(MAIN, *online(20_000), cwd=folder, file_limit=1_000_000)
     assert_one_line(done, "cannot write", "image.npy", "GiB needed", "ulimit")
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_no_room_for_the_replay_buffer(script, cli, tmp_path):
+def test_no_room_for_the_replay_buffer(cli, tmp_path):
     """Said at the start; no file is cut short, and what is left is not taken for a run."""
-    left = no_room(script, cli, tmp_path)
+    left = no_room(cli, tmp_path)
     assert not [path.name for path in left if path.name in ("image.npy", "checkpoint.pt") or ".tmp" in path.name]
     for run_dir in tmp_path.glob("runs/*"):
-        assert_one_line(cli(script, "--resume", run_dir, cwd=tmp_path), "first checkpoint")
+        assert_one_line(cli(MAIN, "--resume", run_dir, cwd=tmp_path), "first checkpoint")
 
 
-def test_no_room_leaves_nothing(script, cli, tmp_path):
-    assert not no_room(script, cli, tmp_path)
+def test_no_room_leaves_nothing(cli, tmp_path):
+    assert not no_room(cli, tmp_path)
 
 
-def test_copied_run_directory_resumes(script, cli, tmp_path):
+def test_copied_run_directory_resumes(cli, tmp_path):
     """Nothing in it names the place where it was made."""
     (tmp_path / "one").mkdir()
-    assert cli(script, *ONLINE, "--total-timesteps", 20, cwd=tmp_path / "one").code == 0
+    assert cli(MAIN, *online(20), cwd=tmp_path / "one").code == 0
     moved = shutil.move(only((tmp_path / "one" / "runs").iterdir()), tmp_path / "two")
-    done = cli(script, "--resume", moved, "--total-timesteps", 25, cwd=tmp_path)
-    assert done.code == 0 and load(Path(moved), script)["step"] == 25, str(done)
+    done = cli(MAIN, "--resume", moved, "--total-timesteps", 25, cwd=tmp_path)
+    assert done.code == 0 and load(Path(moved))["step"] == 25, str(done)

@@ -20,14 +20,15 @@ import sys
 import tokenize
 import types
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS
 
-from common.envs import EnvSpec, EnvStep
+from common.envs import EnvSpec
+from tests.tiny import for_task, has_flag
 
 DIM = r"(?:\d+|\d*[A-Z][0-9]?(?: (?:\*|\+) [A-Z0-9]+| or \d*[A-Z])?)"
 SHAPE = re.compile(rf"\(((?:\.\.\.|{DIM}),? ?(?:, (?:\.\.\.|{DIM}))*,?)\)")
@@ -72,23 +73,23 @@ def notes_of(node: ast.stmt, comments: dict[int, str]) -> list[tuple[ast.expr, N
 
 
 def parameter_notes(node: ast.FunctionDef) -> list[Note]:
-    """Shapes that the docstring gives of parameters, as "name (T, B)", "`name` (T, B)", "name: (T, B)".
+    """Shapes that the docstring gives of parameters: "name (T, B)", "name: (T, B)", "`one` and
+    `other` (T, B)", "one, other: (T, B) and (B, T)".
 
     Not "(..., K)": what such a function is given may have other letters where it is called.
     """
-    text = ast.get_docstring(node) or ""
+    text = " ".join((ast.get_docstring(node) or "").split())
     names = {arg.arg for arg in node.args.args + node.args.kwonlyargs}
-    text = re.split(r"Returns:|Returns? | -> |; give ", text)[0] if "Args:" not in text else (
-        text.split("Returns:")[0])
-    found = []
-    for match in re.finditer(rf"`?(\w+)`?:? {SHAPE.pattern}", text):
-        if match[1] in names:
-            found.append(Note(node.lineno, match[1], match[2]))
-    shared = re.search(rf"((?:`\w+`(?:, | and )?)+)(?: are|:) {SHAPE.pattern}", text)
-    if shared:
-        found += [Note(node.lineno, name, shared[2]) for name in re.findall(r"`(\w+)`", shared[1])
-                  if name in names]
-    return list(dict.fromkeys(note for note in found if not note.spec.startswith("...")))
+    text = text.partition("Returns:")[0] if "Args:" in text else (
+        re.split(r"Returns? | -> |; give ", text)[0])
+    found = [(match[1], match[2]) for match in re.finditer(rf"`?(\w+)`?:? {SHAPE.pattern}", text)]
+    for match in re.finditer(rf"((?:`\w+`(?:, | and )?)+)(?: are|:)? {SHAPE.pattern}", text):
+        found += [(name, match[2]) for name in re.findall(r"`(\w+)`", match[1])]
+    for match in re.finditer(rf"(\w+), (\w+): {SHAPE.pattern} and {SHAPE.pattern}", text):
+        found = [pair for pair in found if pair != (match[2], match[3])]
+        found += [(match[1], match[3]), (match[2], match[4])]
+    notes = [Note(node.lineno, name, spec) for name, spec in found if name in names]
+    return list(dict.fromkeys(note for note in notes if not note.spec.startswith("...")))
 
 
 class Instrument(ast.NodeTransformer):
@@ -169,7 +170,7 @@ class Checker:
         self.notes, self.lines = instrument.notes, instrument.lines
         self.allowed, self.seen = {}, []  # seen: (note, shape, allowed)
         self.module = types.ModuleType(f"{name}_with_checks")
-        self.module.__dict__.update(__check__=self.check, __check_fields__=self.check_fields, __dims__={})
+        self.module.__dict__.update(__file__=f"{name}.py", __check__=self.check, __check_fields__=self.check_fields, __dims__={})
         sys.modules[self.module.__name__] = self.module  # dataclasses look their module up
         exec(compile(tree, f"<{name} with checks>", "exec"), self.module.__dict__)  # noqa: S102
 
@@ -213,61 +214,67 @@ class Checker:
 
 # ---- Small passes --------------------------------------------------------------------------------
 
-SPECS = {  # (observation, action) of every kind, together
-    "image, discrete": EnvSpec((16, 16, 3), 0, 9, True),
+SPECS = {  # (observation, action) of every kind, together; True: as small as the script allows
+    "image, discrete": EnvSpec(True, 0, 9, True),
     "vector, continuous": EnvSpec(None, 15, 9, False),
-    "image and vector, discrete": EnvSpec((16, 16, 3), 15, 9, True),
+    "image and vector, discrete": EnvSpec(True, 15, 9, True),
 }
-T, B, H, P, CONTEXT = 7, 6, 4, 8, 3
+T, B, H, P, CONTEXT = 7, 6, 24, 8, 3
+SIZES = dict(batch_length=T, batch_size=B, imag_horizon=H, num_envs=P, image_size=16, depth=2,
+             deter=10, hidden=19, units=13, mlp_units=29, layers=1, mlp_layers=1, stoch=11,
+             classes=12, bins=17, total_timesteps=1000, cuda=False)
 
 
-def tiny_args(module, **changes):
-    wanted = dict(batch_size=B, batch_length=T, horizon=H, num_envs=P, image_size=16, deter=10, hidden=19,
-                  units=13, layers=1, depth=2, stoch=11, classes=12, bins=17, total_timesteps=1000, cuda=False)
-    known = {field.name for field in fields(module.Args)}
-    return module.Args(**{name: value for name, value in (wanted | changes).items() if name in known})
+def tiny_args(module, spec: EnvSpec):
+    args = module.Args(size="XXS", **{k: v for k, v in SIZES.items() if has_flag(module, k)})
+    return for_task(module, args, spec.discrete)
 
 
 def model_sizes(args, spec: EnvSpec, embed_dim: int) -> dict:
-    sizes = dict(H=H, H1=H + 1, A=spec.action_dim, E=embed_dim, D=args.deter, U=(args.units, args.hidden))
-    if hasattr(args, "classes"):
-        sizes |= dict(S=args.stoch, K=args.classes)
+    """What the letters stand for, as far as the script has them; () where the spec has none."""
     stoch = args.stoch * getattr(args, "classes", 1)
-    sizes |= dict(Z=stoch, F=args.deter + stoch, V=spec.vector_dim or (), L=getattr(args, "bins", ()))
+    sizes = dict(H=H, H1=H + 1, G=H - 1, A=spec.action_dim, E=embed_dim, D=args.deter,
+                 U=(args.units, getattr(args, "hidden", args.units)), Z=stoch, F=args.deter + stoch,
+                 V=spec.vector_dim or (), L=getattr(args, "bins", ()), S=args.stoch,
+                 K=getattr(args, "classes", ()))
     return sizes | (dict(I=spec.image_shape[0], C=spec.image_shape[2]) if spec.image_shape else {})
 
 
-def observe_step(spec: EnvSpec, step: int) -> EnvStep:
+def observe_step(module, spec: EnvSpec, step: int):
     rng = np.random.default_rng(step)
     image = rng.integers(0, 256, (P, *spec.image_shape), np.uint8) if spec.image_shape else None
     vector = rng.normal(size=(P, spec.vector_dim)).astype(np.float32) if spec.vector_dim else None
     reward = rng.normal(size=P).astype(np.float32)
     first, terminal = np.full(P, step % 5 == 0), rng.random(P) < 0.2
-    return EnvStep(image, vector, reward, first, terminal, terminal, np.zeros(P), np.zeros(P, np.int64))
+    return module.EnvStep(image, vector, reward, first, terminal, terminal, np.zeros(P),
+                          np.zeros(P, np.int64))
 
 
-def exercise(checker: Checker, spec: EnvSpec, folder) -> dict:
-    """Replay, train, act and dream once; returns the sizes of the letters while training."""
+def exercise(checker: Checker, spec: EnvSpec, folder) -> None:
+    """Replay, train, act and dream once."""
     module = checker.module
-    args, device = tiny_args(module), torch.device("cpu")
+    if spec.image_shape:
+        pixels = 16 if has_flag(module, "image_size") else 64
+        spec = replace(spec, image_shape=(pixels, pixels, 3))
+    args, device = tiny_args(module, spec), torch.device("cpu")
     torch.manual_seed(0)
     agent = module.Agent(args, spec, device)
     model = model_sizes(args, spec, agent.world_model.encoder.embed_dim)
     replay = module.ReplayBuffer(folder, spec, 50, P, 0)
-    training = dict(T=T, B=B, N=T * B, P=P, **model)
+    starts = T - (module.SCRIPT == "dreamer_v1" and args.pcont)  # which leaves the last ones out
+    training = dict(T=T, B=B, N=starts * B, P=P, **model)
     for step in range(12):
-        obs = observe_step(spec, step)
+        obs = observe_step(module, spec, step)
         with checker.sizes(P=P, B=P, T=1, **model):  # acting is a replay of one step
-            carry = agent.act(obs, carry if step else agent.blank_state(P), sample=step % 2 == 0)
+            carry = agent.act(obs, carry if step else agent.zero_state(P), sample=step % 2 == 0)
         with checker.sizes(P=P, **model):
             replay.add(obs, carry.action.numpy())
     with checker.sizes(**training):
         batch = replay.sample(B, T, np.random.default_rng(0))
         for _ in range(2):
-            agent.train_step(batch, agent.blank_state(B))
-    with checker.sizes(**training | dict(T=(T, 2 * T))):
-        module.open_loop(agent, batch, CONTEXT)
-    return training
+            agent.train_step(batch, agent.zero_state(B))
+    with checker.sizes(**training | dict(T=(T, 2 * T), N=B)):
+        module.open_loop(agent, batch._replace(is_first=torch.zeros(T, B, dtype=torch.bool)), CONTEXT)
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -280,8 +287,10 @@ def checked(request, tmp_path_factory) -> Checker:
 
 
 def dimension_key(module) -> set[str]:
-    section = module.__doc__.partition("Dimension key")[2].partition("\n\n")[0]
-    return set(LETTER.findall(section.partition("\n")[2]))
+    """The letters of its block in "Symbols": "T  replay time, 64     S, K  latents and classes"."""
+    block = module.__doc__.partition("\n    Dimension key\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"(?:^|    )([A-Z]\d?(?:, [A-Z])*(?: = [A-Z] . [A-Z])?)  \w", block, re.M)
+    return {letter for entry in entries for letter in LETTER.findall(entry)}
 
 
 # ---- The tests -----------------------------------------------------------------------------------
@@ -313,41 +322,51 @@ def test_the_letters_are_those_of_the_dimension_key(checked):
 
 
 def test_every_letter_of_the_dimension_key_is_used(checked):
+    """In a shape, or in the key itself: Z = S * K."""
     source = (ROOT / f"{checked.module.SCRIPT}.py").read_text().partition('"""\n\n')[2]
     used = {x for spec in SHAPE.findall(source) for x in LETTER.findall(spec)}
+    used |= set("".join(re.findall(r"[A-Z] = ([A-Z] [*+] [A-Z])  ", checked.module.__doc__)))
     assert dimension_key(checked.module) <= used
 
 
 def test_the_sizes_tell_the_letters_apart():
     """No two letters have the same size where there are both images and vectors."""
-    sizes = dict(T=T, B=B, N=T * B, P=P, H=H, H1=H + 1, A=9, E=77, D=10, S=11, K=12, Z=132, F=142, U=13, V=15,
-                 I=16, C=3, L=17)
-    assert len({*sizes.values(), 2, 2 * T}) == len(sizes) + 2
+    for pixels in (16, 64):
+        sizes = [T, B, T * B, (T - 1) * B, P, H, H + 1, H - 1, pixels, 64 + SIZES["mlp_units"], *(SIZES[name] for name in (
+            "deter", "stoch", "classes", "units", "hidden", "bins")), 9, 15, 132, 142, 21, 3, 2, 2 * T]
+        assert len(set(sizes)) == len(sizes)
 
 
 def lies_about(note: Note, key: set[str]):
-    """Wrong versions of a shape: an axis missing, one too many, two swapped, another letter."""
+    """Wrong versions of a shape: an axis missing, one too many, two swapped, another letter.
+
+    With the letters that were put in and taken out.
+    """
     parts = note.spec.split(", ")
     if "..." in parts:
         return
-    yield ", ".join(parts[:-1]) or "2, 2"
-    yield ", ".join([*parts, parts[-1]])
+    yield ", ".join(parts[:-1]) or "2, 2", "", ""
+    yield ", ".join([*parts, parts[-1]]), "", ""
     for at in range(len(parts) - 1):
         if parts[at] != parts[at + 1]:
-            yield ", ".join([*parts[:at], parts[at + 1], parts[at], *parts[at + 2:]])
+            yield ", ".join([*parts[:at], parts[at + 1], parts[at], *parts[at + 2:]]), "", ""
     for at, letter in itertools.product(range(len(parts)), key):
         if letter not in parts[at]:
-            yield ", ".join([*parts[:at], letter, *parts[at + 1:]])
+            yield ", ".join([*parts[:at], letter, *parts[at + 1:]]), letter, parts[at]
 
 
 def test_any_wrong_comment_would_have_been_caught(checked):
-    """For every comment, against the shapes that were seen, without running it all again."""
+    """For every comment, against the shapes that were seen, without running it all again.
+
+    Where two letters mean the same, either is right: the video has N = B.
+    """
     key, believed = dimension_key(checked.module), []
     for note in checked.notes:
         seen = {(shape, repr(allowed)): (shape, allowed) for other, shape, allowed in checked.seen
-                if other == note}
-        believed += [f"{note} would pass as ({lie})" for lie in lies_about(note, key)
-                     if all(possible(lie, shape, allowed, {}) for shape, allowed in seen.values())]
+                if other == note}.values()
+        believed += [f"{note} would pass as ({lie})" for lie, new, old in lies_about(note, key)
+                     if all(possible(lie, shape, allowed, {}) for shape, allowed in seen)
+                     and not (new and all(a.get(new) == a.get(old) for _, a in seen))]
     assert not believed, "\n".join(believed)
 
 

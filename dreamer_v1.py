@@ -1,0 +1,1132 @@
+"""DreamerV1: dream to control, behaviours by latent imagination (arXiv 1912.01603v3), one file.
+
+    python dreamer_v1.py --env-id MsPacmanNoFrameskip-v4      train (discrete actions)
+    python dreamer_v1.py --env-id CarRacing-v3 --action-repeat 2          continuous actions
+    python dreamer_v1.py --env-id CartPole-v1 --size XXS      any Gymnasium environment
+    python dreamer_v1.py --resume RUN_DIR                     go on exactly where a run stopped
+    python dreamer_v1.py --evaluate RUN_DIR                   play fresh episodes, print the returns
+    python dreamer_v1.py --dream RUN_DIR                      happened | reconstructed | imagined
+    torchrun --nproc-per-node 2 dreamer_v1.py --env-id ...    several GPUs
+
+The agent learns a *world model* from replayed sequences. An *actor* and a *critic* then learn from
+trajectories that they imagine in that model. One update (`Agent.learn`):
+
+    batch                 <- B windows of T consecutive rows of the replay buffer
+    embed                 <- encoder(image, vector)
+    deter, stoch          <- RSSM along time: posterior states, and the prior at each of them
+    world model           learns to predict image, vector, reward, end, and its own next posterior
+    feat, action          <- from each of the N = T * B posterior states, H steps of prior and actor
+    reward, cont, value   <- heads and critic at the imagined states
+    ret                   <- lambda-return, backwards along the imagined steps
+    actor                 learns what leads to a higher return
+    critic                learns to predict the return
+
+One step of the RSSM. Training and acting take the posterior, imagination takes the prior:
+
+    h_{t-1} --------------------------.
+    z_{t-1} --.                       v
+    a_{t-1} --+--> img_in -------> [ GRU ] ------> h_t --+--> img_out --> prior     p(z_t | h_t)
+                                                         v
+    x_t ----------> encoder ------> embed -----------> obs_out ------> posterior q(z_t | h_t, x_t)
+
+Time alignment. A row of the replay buffer holds what is known when the action is chosen:
+
+    time             t=0      t=1      t=2    ...   t=n (last)     | next episode
+    observation      x0       x1       x2           xn             | x0'
+    reward           0        r1       r2           rn             | 0        received WITH x_t
+    is_first         1        0        0            0              | 1
+    is_terminal      0        0        0            terminated?    | 0        not at a time limit
+    action           a0       a1       a2           zeros          | a0'      chosen AT x_t
+
+    replay      (h,z)_{t-1}, a_{t-1} -> h_t;   h_t -> prior p(z_t|h_t);   h_t, x_t -> posterior
+                where is_first: (h,z)_{t-1} := the initial state, a_{t-1} := 0
+                world-model loss: [t=0 ... t=T-1], every replayed step
+    imagine     s_0 = a posterior state;   a_t ~ actor(s_t), s_{t+1} ~ prior       t = 0 ... H-1
+                critic    [v_1 ... v_{H-1}]   v_H only bootstraps
+                rewards   r_1 ... r_{H-1}  and discounts  d_1 ... d_{H-1}  from the states 1 ... H-1
+                actor     [a_0 ... a_{H-1}]   by the gradient of V_1 ... V_{H-1}; s_0 is left out
+                weights   w_t = d_1 ... d_{t-1}
+                target    V_t = r_t + d_t ((1 - lambda) v_{t+1} + lambda V_{t+1}),     V_H = v_H
+
+Symbols (paper -> code), and the sizes that the shape comments name, time-major
+    x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
+    a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
+    gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
+    sg()  .detach()       q(z|h,x)  post_*     p(z|h)  prior_*
+    Dimension key
+    T  replay time, 50     B  batch, 50     N = T * B  imagination starts, 2500         (control)
+    (with --pcont N = (T - 1) * B)
+    H  imagination horizon, 15     H1  H + 1     G  H - 1     A  action, 6     P  environments, 1
+    E  embedding, 1024     D  deterministic state, 200     Z  stochastic state, 30
+    F = D + Z  feature, 230     U  hidden units, 200     V  vector observation
+    I, I, C  image, 64 64 3
+    Equations of the paper: 1 RSSM; 2, 3 Actor and Critic; 6 lambda_return; 7 actor_loss;
+    8 critic_loss; 10 world_model_loss
+
+What DreamerV1 brought (each tag stands where it happens), and what it is good for.
+From the paper:
+    [V1-1]  actor and critic learn from trajectories imagined in latent space, without an image.
+            PlaNet, before it, searched for actions anew at every step and saw no further than H.
+    [V1-2]  the actor follows the gradient of the return itself, back through the dynamics.
+    [V1-3]  lambda-returns, which end in the critic's word, look beyond the horizon.
+    [V1-4]  where ends are predicted, they are discounts: an imagined episode fades out.
+From the authors' code only:
+    [V1-5]  each term is weighted by the discounts before it. Without it the end of an imagined
+            trajectory counts as much as its start, though it may never be reached.
+    [V1-6]  noise on the actions while data is collected: normal, or another action at random.
+    [V1-7]  free nats for the mean KL of a batch: below them the KL has no gradient at all.
+
+Deviation (from the authors' code, danijar/dreamer 56d4d44)
+    * No update is spent on building the variables.
+    * bfloat16 where the hardware has it, by itself (theirs: float16 with loss scaling).
+      `--amp off` is float32. State and acting stay in float32.
+    * --size XXS is ours, for laptops, and so are vector observations.
+    * A row holds the action chosen at its observation (theirs: the one that led to it). They feed
+      the first action of a window into a zero state; here it is zero, unless the carry gives it.
+    * Windows are drawn from one ring, uniformly, the running episode and the last step of each
+      included; they may cross the end of an episode, where is_first resets the state. Theirs lie
+      in complete episodes, drawn uniformly whatever their length, without the last step.
+    * The ring has an end (--buffer-size); they keep every episode.
+    * Noise is drawn for each row; theirs is one vector for a whole batch, which looks accidental.
+    * Updates are spread over the timesteps (theirs: 100 at once, every 1,000 frames).
+    * Discrete actions: --expl-amount is the chance of a random action in each environment, and
+      ends are predicted. Theirs adds a normal number and predicts nothing, unless told otherwise.
+    * Evaluation takes tanh(mean), theirs the best of 100 samples.
+    * Atari keeps its own action repeat (4) and time limit; a lost life ends nothing.
+"""
+
+# ---------------------------------------------------------------------------------------- 1 imports
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.cli import check_numbers, fill, one_line_errors, parse
+from common.devices import (CudaGraph, Feeder, average_over_ranks, gather_ranks, on_device,
+                            use_bf16)
+from common.envs import EnvConfig, EnvSpec, default_action_repeat
+from common.files import UserError
+from common.play import dream, evaluate, load_agent
+from common.rings import Rings
+from common.runs import Run
+from common.vector import Envs, EnvStep
+
+SCRIPT = Path(__file__).stem
+
+# ------------------------------------------------------------------------------------------- 2 Args
+PAPER = dict(
+    deter=200, hidden=200, units=400, reward_layers=2, critic_layers=3, pcont_layers=3,
+    actor_layers=4, depth=32, mlp_units=400, mlp_layers=4, stoch=30, batch_size=50,
+    batch_length=50, buffer_size=1_000_000, train_ratio=500.0, learning_starts=2500, pretrain=100,
+    model_lr=6e-4, model_eps=1e-7, actor_lr=8e-5, actor_eps=1e-7, critic_lr=8e-5, critic_eps=1e-7,
+    actor_min_std=1e-4, grayscale=False, clip_rewards="none", gamma=0.99, kl_scale=1.0,
+    free_nats=3.0, pcont_scale=10.0, eval_greedy=True)
+SIZES = {  # XXS is ours, for laptops and tests
+    "XXS": PAPER | dict(deter=128, hidden=128, units=128, reward_layers=2, critic_layers=2,
+                        pcont_layers=2, actor_layers=2, depth=8, mlp_units=128, mlp_layers=2,
+                        batch_size=16, batch_length=16, train_ratio=256.0, learning_starts=500,
+                        model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, free_nats=1.0),
+    "paper": PAPER,
+}
+TASKS = {  # what follows from the kind of actions
+    "discrete": dict(pcont=True),
+    "continuous": dict(pcont=False),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Every setting. Defaults are the paper's, those of None are in the tables above."""
+
+    # The task (a resume keeps these)
+    env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
+    num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
+    action_repeat: int | None = None  # Times that an action is repeated (None: 4 on Atari, else 1)
+    grayscale: bool | None = None  # Images in shades of grey
+    pixels: bool = False  # Observe the rendered picture instead of what the environment gives
+    clip_rewards: Literal["none", "tanh"] | None = None  # What is learnt in the place of rewards
+
+    # The length of a run, its episodes
+    total_timesteps: int = 2_500_000  # Decisions of the agent; frames = timesteps x action repeat
+    max_episode_steps: int = 0  # Time limit, not a terminal, in timesteps (0: environment's own)
+    noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
+    env_seed: int | None = None  # Seed of every episode of training (one level, one track)
+    max_env_restarts: int = 10  # Restarts of broken environments before the run stops
+    env_timeout: float = 60.0  # Seconds after which an environment process counts as hung
+
+    # The size (a resume keeps these)
+    size: Literal["XXS", "paper"] = "paper"  # Preset; XXS is for laptops
+    pcont: bool | None = None  # Predict when an episode ends
+    deter: int | None = None  # GRU recurrent units, size of h_t
+    hidden: int | None = None  # Hidden units inside the RSSM
+    depth: int | None = None  # CNN multiplier: channels of the first stage
+    mlp_units: int | None = None  # Units of vector en- and decoder
+    mlp_layers: int | None = None  # Layers of vector en- and decoder
+    units: int | None = None  # Dense hidden units of the heads
+    reward_layers: int | None = None  # MLP layers of the reward head
+    critic_layers: int | None = None  # MLP layers of the critic
+    pcont_layers: int | None = None  # MLP layers of the head that predicts ends
+    actor_layers: int | None = None  # MLP layers of the actor
+    stoch: int | None = None  # Size of z_t
+
+    # The training: replay (a resume keeps these)
+    train_ratio: float | None = None  # Replayed timesteps per collected one
+    batch_size: int | None = None  # Sequences per batch, B
+    batch_length: int | None = None  # Timesteps per sequence, T
+    learning_starts: int | None = None  # Timesteps of uniformly random actions first
+    buffer_size: int | None = None  # Replay capacity in timesteps, first in, first out
+    pretrain: int | None = None  # Updates that are made at once when training begins
+
+    # The training: world model
+    model_lr: float | None = None  # Learning rate of the world model
+    model_eps: float | None = None  # Adam epsilon
+    model_clip: float = 100.0  # Gradient clipping by global norm
+    kl_scale: float | None = None  # Scale of the KL loss, beta
+    free_nats: float | None = None  # Mean KL that is not pushed any further
+    pcont_scale: float | None = None  # Scale of the loss of --pcont
+
+    # The training: actor and critic
+    imag_horizon: int = 15  # Imagination horizon, H
+    gamma: float | None = None  # Discount factor
+    return_lambda: float = 0.95  # Return lambda
+    actor_min_std: float | None = None  # Smallest deviation of a continuous action
+    actor_lr: float | None = None  # Learning rate of the actor
+    actor_eps: float | None = None  # Adam epsilon of the actor
+    actor_clip: float = 100.0  # Gradient clipping of the actor
+    critic_lr: float | None = None  # Learning rate of the critic
+    critic_eps: float | None = None  # Adam epsilon of the critic
+    critic_clip: float = 100.0  # Gradient clipping of the critic
+    actor_init_std: float = 5.0  # Deviation of a continuous action at first, before the tanh
+    expl_amount: float = 0.3  # Noise on actions: its deviation, or the chance of a random one
+    expl_decay: float = 0.0  # Frames after which it is half as large (0: never)
+    expl_min: float = 0.0  # It does not decay below this
+
+    # The run
+    exp_name: str = SCRIPT  # Name of this experiment, part of the run directory's name
+    seed: int = 1  # Seed of everything random
+    torch_deterministic: bool = True  # Ask cuDNN for deterministic kernels
+    cuda: bool = True  # Use the GPU if there is one
+    threads: int = 0  # CPU threads of torch (0: its own choice); 1 is best for tiny networks
+    amp: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto: where native, from 256 units on
+    compile: bool = False  # torch.compile the networks
+    cuda_graph: bool = False  # On a GPU: launch each update as one CUDA graph
+    track: bool = False  # Also log to Weights & Biases
+    wandb_project_name: str = "dreamer"  # Project name there
+    wandb_entity: str | None = None  # Team name there
+    capture_video: bool = False  # Write episodes of the first environment to RUN_DIR/videos
+    runs_dir: str = "runs"  # Where run directories are made
+    log_every: int = 250  # Timesteps between two points of the training curves
+    video_every: int = 10_000  # Timesteps between two open-loop videos in TensorBoard (0: none)
+    checkpoint_every: int = 5_000  # Timesteps between checkpoints, at most 10 minutes of time
+
+    # Instead of a new run (a resume keeps --offline)
+    resume: str = ""  # Run directory to go on with, exactly where it stopped
+    evaluate: str = ""  # Run directory whose agent plays fresh episodes; prints every return
+    dream: str = ""  # Run directory whose agent's dreams go to RUN_DIR/videos as GIF and PNG
+    offline: str = ""  # Run directory whose replay is trained on; no environment step is taken
+    eval_episodes: int = 10  # Episodes of --evaluate
+    eval_greedy: bool | None = None  # Evaluate and dream with the most likely actions
+    eval_env_seed: tuple[int, ...] = ()  # Seeds of the levels that --evaluate and --dream play
+    dream_context: int = 5  # Frames that the agent sees before it dreams on alone
+    dream_horizon: int = 45  # Frames of pure imagination
+
+    def __post_init__(self) -> None:
+        """Fill in what follows from --size and --env-id, then refuse what cannot work."""
+        fill(self, SIZES[self.size] | {"action_repeat": default_action_repeat(self.env_id)})
+        self.check()
+
+    def check(self) -> None:
+        """Raise `UserError`, one line, for a value that cannot work."""
+        check_numbers(self, may_be_zero={
+            "seed", "env_seed", "threads", "video_every", "max_episode_steps", "noop_max",
+            "learning_starts", "max_env_restarts", "return_lambda", "kl_scale", "free_nats",
+            "pcont_scale", "expl_amount", "expl_decay", "expl_min"}, shares={
+            "gamma": 1, "return_lambda": 1})
+        if self.imag_horizon < 2:
+            raise UserError("--imag-horizon is 1; returns take at least 2 steps.")
+        if self.batch_length < 2:
+            raise UserError("--batch-length is 1; a sequence has at least 2 timesteps.")
+        training = not (self.evaluate or self.dream or self.offline)
+        if training and self.batch_length > self.capacity:
+            limit = "buffer-size" if self.buffer_size < self.total_timesteps else "total-timesteps"
+            raise UserError(f"--batch-length {self.batch_length} is longer than the replay buffer "
+                            f"of one environment ({self.capacity} timesteps): lower it, or raise "
+                            f"--{limit}.")
+
+    @property
+    def stoch_dim(self) -> int:
+        """Size of the flat stochastic state, Z."""
+        return self.stoch
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the replay ring of one environment; a run never needs more than it collects."""
+        return math.ceil(min(self.buffer_size, self.total_timesteps) / self.num_envs)
+
+    @property
+    def env_config(self) -> EnvConfig:
+        """What it takes to build one environment."""
+        return EnvConfig(self.env_id, 64, bool(self.grayscale), self.action_repeat,
+                         self.max_episode_steps, self.noop_max,
+                         render=self.capture_video, pixels=self.pixels)
+
+
+# ---------------------------------------------------------------------------------- 3 replay buffer
+class Batch(NamedTuple):
+    """Replayed sequences; see the time alignment above. An absent observation is None."""
+
+    image: Tensor | None  # (T, B, I, I, C) uint8
+    vector: Tensor | None  # (T, B, V) float32
+    action: Tensor  # (T, B, A) float32, chosen at this observation
+    reward: Tensor  # (T, B) float32, received with this observation
+    is_first: Tensor  # (T, B) bool
+    is_terminal: Tensor  # (T, B) bool
+
+
+class ReplayBuffer:
+    """One ring of rows per environment, in memory-mapped files that outlive the process.
+
+    Rows are numbered from the start of the run. A window of consecutive rows may be sampled if all
+    of them are still there: it can cross the end of an episode (is_first marks the seam) but never
+    the write position.
+    """
+
+    def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int,
+                 writable: bool = True):
+        """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
+        the files are those of another environment or of other settings."""
+        layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
+                  "is_first": (np.bool_, ()), "is_terminal": (np.bool_, ())}
+        if spec.image_shape:
+            layout["image"] = (np.uint8, spec.image_shape)
+        if spec.vector_dim:
+            layout["vector"] = (np.float32, (spec.vector_dim,))
+        self.rings = Rings(folder, layout, capacity, num_envs, writable)
+        self.rng = np.random.default_rng(seed)
+
+    def windows(self, length: int) -> int:
+        """Number of valid starts of a window of `length` rows in one ring."""
+        return max(0, self.rings.count - self.rings.oldest - length + 1)
+
+    def add(self, obs: EnvStep, action: np.ndarray) -> None:
+        """Append one row per environment: `obs` and the action (P, A) chosen at it."""
+        self.rings.append(obs._asdict() | {"action": action})
+
+    def sample(self, batch_size: int, length: int, rng: np.random.Generator) -> Batch:
+        """Draw windows, uniformly over all valid starts, as a time-major `Batch` on the CPU."""
+        env = rng.integers(self.rings.num_envs, size=batch_size)
+        start = self.rings.oldest + rng.integers(self.windows(length), size=batch_size)
+        rows = self.rings.read(env, start + np.arange(length)[:, None])
+        rows["is_first"][0] = True  # the state before a window is unknown: start it afresh
+        return to_batch(rows)
+
+    def state_dict(self) -> dict:
+        """What the checkpoint must hold to make sense of the files."""
+        return {"count": self.rings.count, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go back to a checkpoint: later rows are forgotten, and so are those they replaced."""
+        self.rings.roll_back(state["count"])
+        self.rng.bit_generator.state = state["rng"]
+
+
+def to_batch(rows: dict[str, np.ndarray]) -> Batch:
+    """Arrays (T, B, ...) by the names of `Batch` -> tensors on the CPU that share their memory."""
+    tensors = {name: torch.from_numpy(array) for name, array in rows.items()}
+    return Batch(tensors.pop("image", None), tensors.pop("vector", None), **tensors)
+
+
+def previous_actions(batch: Batch, action_before: Tensor) -> Tensor:
+    """The action (T, B, A) that led to each observation; `action_before` (B, A) led to the first.
+
+    Rows hold the action chosen *at* an observation. The RSSM wants the one before it.
+    """
+    return torch.cat([action_before[None], batch.action[:-1]])
+
+
+# ------------------------------------------------------------------------ 4 maths and distributions
+def draw_classes(probs: Tensor) -> Tensor:
+    """Draw a class index per row of `probs` (..., K) by inverting its cumulative distribution.
+
+    One uniform number per draw; the Gumbel trick would need K of them and a logarithm each.
+    """
+    cumulative = probs.cumsum(-1)
+    uniform = torch.rand_like(cumulative[..., -1:]) * cumulative[..., -1:]
+    return (cumulative < uniform).sum(-1)
+
+
+def draw_noise(mean: Tensor) -> Tensor:
+    """Draw standard normal noise of the shape of `mean`."""
+    return torch.randn_like(mean)
+
+
+class Normal:
+    """Normal distribution of numbers, each for itself and with variance 1."""
+
+    def __init__(self, center: Tensor):
+        """`center` (...), their means."""
+        self.center = center
+
+    def mean(self) -> Tensor:
+        """Means (...)."""
+        return self.center
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-densities (...) of `value` (...)."""
+        return -0.5 * (value - self.center).square() - 0.5 * math.log(2 * math.pi)
+
+
+class Gaussian:
+    """Diagonal normal over the last dimension."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        """`mean`, `std`: (..., A)."""
+        self.mean, self.std = mean, std
+
+    def noise(self) -> Tensor:
+        """Standard normal noise (..., A)."""
+        return draw_noise(self.mean)
+
+    def sample(self) -> Tensor:
+        """Reparameterised sample (..., A)."""
+        return self.mean + self.std * self.noise()
+
+    def mode(self) -> Tensor:
+        """The mean (..., A)."""
+        return self.mean
+
+    def entropy(self) -> Tensor:
+        """Entropy (...) in nats, summed over A."""
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+class OneHot:
+    """One-hot categorical over the last dimension."""
+
+    def __init__(self, raw: Tensor):
+        """`raw`: unnormalised logits (..., K) of any precision."""
+        self.raw = raw.float()  # everything here is in float32
+        self.probs = self.raw.softmax(-1)
+
+    def sample(self) -> Tensor:
+        """Straight-through sample (..., K): forward one-hot, backward the gradient of `probs`."""
+        index = draw_classes(self.probs.detach())
+        onehot = torch.zeros_like(self.probs).scatter_(-1, index[..., None], 1)
+        return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
+
+    def mode(self) -> Tensor:
+        """The most likely class as one-hot (..., K), without gradient."""
+        return F.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).float()
+
+
+class Bernoulli:
+    """Distribution of a flag: does the episode go on?"""
+
+    def __init__(self, logit: Tensor):
+        """`logit` (...) of the flag being 1."""
+        self.logit = logit
+
+    def mean(self) -> Tensor:
+        """Probability of 1 (...)."""
+        return self.logit.sigmoid()
+
+    def log_prob(self, flag: Tensor) -> Tensor:
+        """Log-probability (...) of `flag` (...), or cross-entropy where it is a probability."""
+        return -F.binary_cross_entropy_with_logits(self.logit, flag, reduction="none")
+
+
+class TanhNormal(Gaussian):
+    """tanh of a diagonal normal, for continuous actions."""
+
+    def sample(self) -> Tensor:
+        """Reparameterised sample (..., A)."""
+        return super().sample().tanh()
+
+    def mode(self) -> Tensor:
+        """tanh of the mean (..., A)."""
+        return self.mean.tanh()
+
+
+class Latent(Gaussian):
+    """The stochastic state z_t: a diagonal normal."""
+
+    def __init__(self, raw: Tensor):
+        """`raw` (..., 2 Z): means, and the deviations before softplus; they are 0.1 at least."""
+        mean, raw_std = raw.float().chunk(2, -1)
+        super().__init__(mean, F.softplus(raw_std) + 0.1)
+
+    def kl(self, other: "Latent") -> Tensor:
+        """KL[self || other] (...) in nats, summed over Z."""
+        ratio, shift = self.std / other.std, (self.mean - other.mean) / other.std
+        return (0.5 * (ratio.square() + shift.square() - 1) - ratio.log()).sum(-1)
+
+
+# ------------------------------------------------------------------------ 5 encoder, decoder, heads
+def init_output(layer: nn.Module) -> nn.Module:
+    """Glorot uniform weights and zero biases, as in Keras; gives the layer back."""
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Linear(nn.Linear):
+    """Linear layer with our initialisation."""
+
+    def reset_parameters(self) -> None:
+        """Initialise, in the constructor."""
+        init_output(self)
+
+
+class Dense(Linear):
+    """Linear -> ELU, the hidden layer of every network."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What follows the product (..., outputs)."""
+        return F.elu(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return self.activate(super().forward(x))
+
+
+class SplitDense(Dense):
+    """Dense layer of a concatenation [a, b]: its product is a sum of two, W [a, b] = V a + U b.
+
+    Where b is known for all timesteps in advance, `project` computes U b for all of them at once,
+    and only V a is left for the loop over time.
+    """
+
+    def __init__(self, inputs_a: int, inputs_b: int, outputs: int):
+        super().__init__(inputs_a + inputs_b, outputs)
+        weight_a, weight_b = self.weight.detach().split([inputs_a, inputs_b], 1)
+        del self.weight
+        self.weight_a = nn.Parameter(weight_a.clone())
+        self.weight_b = nn.Parameter(weight_b.clone())
+
+    def project(self, b: Tensor) -> Tensor:
+        """(..., inputs_b) -> U b, and the bias if there is one (..., outputs)."""
+        return F.linear(b, self.weight_b, self.bias)
+
+    def forward(self, a: Tensor, projected_b: Tensor) -> Tensor:
+        """(..., inputs_a) and `project`'s output -> (..., outputs)."""
+        return self.activate(F.linear(a, self.weight_a) + projected_b)
+
+
+class MLP(nn.Sequential):
+    """`layers` dense layers of `units` each."""
+
+    def __init__(self, inputs: int, units: int, layers: int):
+        super().__init__(*(Dense(units if i else inputs, units) for i in range(layers)))
+
+
+class Head(nn.Module):
+    """MLP and an output layer: features -> the parameters of a distribution, in float32."""
+
+    def __init__(self, inputs: int, units: int, layers: int, outputs: int):
+        super().__init__()
+        self.mlp, self.out = MLP(inputs, units, layers), Linear(units, outputs)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return self.out(self.mlp(feat)).float()
+
+
+def centre(image: Tensor | None) -> Tensor | None:
+    """uint8 pixels -> float32 in [-0.5, 0.5], which the encoder sees and the decoder predicts."""
+    return None if image is None else image.float().div_(255).sub_(0.5)
+
+
+class Encoder(nn.Module):
+    """Image and/or vector x_t -> embedding: CNN features, then MLP features."""
+
+    def __init__(self, args: Args, spec: EnvSpec):
+        super().__init__()
+        self.embed_dim = 0
+        if spec.image_shape:
+            self.cnn = nn.Sequential()
+            widths = [spec.image_shape[-1], *(args.depth * i for i in (1, 2, 4, 8))]
+            for inputs, outputs in zip(widths, widths[1:]):  # 64 -> 31 -> 14 -> 6 -> 2 pixels
+                conv = init_output(nn.Conv2d(inputs, outputs, 4, stride=2))
+                self.cnn.extend([conv, nn.ReLU()])
+            self.embed_dim += 2 * 2 * widths[-1]
+        if spec.vector_dim:
+            self.mlp = MLP(spec.vector_dim, args.mlp_units, args.mlp_layers)
+            self.embed_dim += args.mlp_units
+
+    def forward(self, image: Tensor | None, vector: Tensor | None) -> Tensor:
+        """image (T, B, I, I, C) from `centre`, vector (T, B, V) -> (T, B, E)."""
+        parts = []
+        if image is not None:
+            pixels = image.flatten(0, 1).permute(0, 3, 1, 2)  # channels-last in memory
+            features = self.cnn(pixels).permute(0, 2, 3, 1)  # flattened as (h, w, c)
+            parts.append(features.reshape(*image.shape[:2], -1))
+        if vector is not None:
+            parts.append(self.mlp(vector))
+        embed = torch.cat(parts, -1)  # (T, B, E)
+        return embed
+
+
+class Decoder(nn.Module):
+    """Feature -> image and/or vector."""
+
+    def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
+        super().__init__()
+        if spec.image_shape:
+            self.cnn, self.start = nn.Sequential(), 1  # from 1 x 1 pixel
+            widths = [*(args.depth * i for i in (32, 4, 2, 1)), spec.image_shape[-1]]
+            for inputs, outputs, size in zip(widths, widths[1:], (5, 5, 6, 6)):  # 5, 13, 30, 64
+                conv = init_output(nn.ConvTranspose2d(inputs, outputs, size, stride=2))
+                self.cnn.extend([conv, nn.ReLU()])
+            del self.cnn[-1]  # the last layer is linear
+            self.cnn_in = Linear(feat_dim, self.start**2 * widths[0])
+        if spec.vector_dim:
+            self.vector_head = Head(feat_dim, args.mlp_units, args.mlp_layers, spec.vector_dim)
+
+    def image(self, feat: Tensor) -> Tensor:
+        """(T, B, F) -> mean image (T, B, I, I, C), in float32, [-0.5, 0.5] where it is right."""
+        seed = self.cnn_in(feat).reshape(-1, self.start, self.start, self.cnn[0].in_channels)
+        pixels = self.cnn(seed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:]).float()
+
+    def vector(self, feat: Tensor) -> Tensor:
+        """(T, B, F) -> vector (T, B, V) as its loss sees it, in float32."""
+        return self.vector_head(feat)
+
+
+# ------------------------------------------------------------------------------------------- 6 RSSM
+class GRUCell(nn.GRUCell):
+    """The plain GRU, with Keras' initialisation."""
+
+    def reset_parameters(self) -> None:
+        """Glorot uniform weights for the input, orthogonal ones for the state, zero biases."""
+        nn.init.xavier_uniform_(self.weight_ih)
+        nn.init.orthogonal_(self.weight_hh)
+        nn.init.zeros_(self.bias_ih)
+        nn.init.zeros_(self.bias_hh)
+
+    def forward(self, x: Tensor, deter: Tensor) -> Tensor:
+        """(B, U) and h_{t-1} (B, D) -> h_t (B, D), in float32."""
+        return super().forward(x, deter.to(x.dtype)).float()
+
+
+class State(NamedTuple):
+    """Recurrent state of the model, and the action chosen there, which leads to the next one."""
+
+    deter: Tensor  # (B, D) h_t
+    stoch: Tensor  # (B, Z) z_t
+    action: Tensor  # (B, A)
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: the recurrence, the prior and the posterior."""
+
+    def __init__(self, args: Args, action_dim: int, embed_dim: int):
+        super().__init__()
+        self.img_in = SplitDense(args.stoch_dim, action_dim, args.hidden)
+        self.img_out = Dense(args.deter, args.hidden)
+        self.obs_out = SplitDense(args.deter, embed_dim, args.hidden)
+        self.gru = GRUCell(args.hidden, args.deter)
+        self.img_stats = Linear(args.hidden, 2 * args.stoch_dim)
+        self.obs_stats = Linear(args.hidden, 2 * args.stoch_dim)
+        self.deter_dim, self.stoch_dim = args.deter, args.stoch_dim
+
+    def initial_state(self) -> tuple[Tensor, Tensor]:
+        """Zeros: deter (D,) and stoch (Z,)."""
+        zeros = self.img_stats.bias.new_zeros
+        return zeros(self.deter_dim), zeros(self.stoch_dim)
+
+    def action_in(self, action: Tensor) -> Tensor:
+        """What an action (..., A) adds to the product of `img_in` (..., U)."""
+        return self.img_in.project(action)
+
+    def latent(self, raw: Tensor) -> Latent:
+        """Raw statistics from the last layer -> distribution of z_t."""
+        return Latent(raw)
+
+    def prior(self, deter: Tensor) -> Latent:
+        """p(z_t | h_t), from h_t (..., D)."""
+        return self.latent(self.img_stats(self.img_out(deter)))
+
+    def img_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """One imagined step: h (N, D), z (N, Z), a (N, A) -> next h (N, D), z ~ prior (N, Z)."""
+        x = self.img_in(stoch, self.action_in(action))  # (N, U)
+        next_deter = self.gru(x, deter)  # (N, D)
+        return next_deter, self.prior(next_deter).sample()
+
+    def obs_step(self, deter: Tensor, stoch: Tensor, action_in: Tensor,
+                 embed_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One observed step: h (B, D), z (B, Z) -> next h (B, D), z ~ posterior (B, Z), its `raw`.
+
+        `action_in` and `embed_in` (B, U) are what action and embedding add to the two products.
+        """
+        x = self.img_in(stoch, action_in)  # (B, U)
+        next_deter = self.gru(x, deter)  # (B, D)
+        raw = self.obs_stats(self.obs_out(next_deter, embed_in))
+        return next_deter, self.latent(raw).sample(), raw
+
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor | None, deter: Tensor,
+                stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Posterior states of a sequence.
+
+        Args:
+            embed: (T, B, E).
+            prev_action: (T, B, A), the action that led to each observation.
+            is_first: (T, B); there an episode begins: from the initial state, with a zero action.
+                None: nowhere, which saves acting the time to compute that state.
+            deter, stoch: (B, D) and (B, Z), the state before the first observation.
+
+        Returns:
+            deter (T, B, D), stoch (T, B, Z), and what `latent` makes the posterior of.
+
+        What does not depend on the previous state is computed for all T at once, so that the loop
+        holds the recurrence alone.
+        """
+        firsts = [None] * len(embed)
+        if is_first is not None:
+            prev_action, firsts = prev_action * ~is_first[..., None], is_first[..., None].unbind()
+            first_deter, first_stoch = self.initial_state()
+        action_in = self.action_in(prev_action)  # (T, B, U)
+        embed_in = self.obs_out.project(embed)  # (T, B, U)
+        deters, stochs, raws = [], [], []
+        for first, action_t, embed_t in zip(firsts, action_in.unbind(), embed_in.unbind()):
+            if first is not None:
+                deter = torch.where(first, first_deter, deter)
+                stoch = torch.where(first, first_stoch, stoch)
+            deter, stoch, raw = self.obs_step(deter, stoch, action_t, embed_t)
+            deters.append(deter), stochs.append(stoch), raws.append(raw)
+        return torch.stack(deters), torch.stack(stochs), torch.stack(raws)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward and continue head: what the world-model loss trains."""
+
+    def __init__(self, args: Args, spec: EnvSpec):
+        super().__init__()
+        self.feat_dim = feat_dim = args.deter + args.stoch_dim
+        self.encoder = Encoder(args, spec)
+        self.rssm = RSSM(args, spec.action_dim, self.encoder.embed_dim)
+        self.decoder = Decoder(args, spec, feat_dim)
+        if args.pcont:
+            self.cont_head = Head(feat_dim, args.units, args.pcont_layers, 1)
+        self.reward_head = Head(feat_dim, args.units, args.reward_layers, 1)
+
+    def reward(self, feat: Tensor) -> Normal:
+        """(..., F) -> normal distribution of the reward (...) received with that state."""
+        return Normal(self.reward_head(feat).squeeze(-1))
+
+    def cont(self, feat: Tensor) -> Bernoulli:
+        """(..., F) -> distribution of "the episode goes on" (...)."""
+        return Bernoulli(self.cont_head(feat).squeeze(-1))
+
+
+# ------------------------------------------------------------------------------- 7 actor and critic
+class Actor(nn.Module):
+    """Feature -> policy pi(a_t | s_t)."""
+
+    def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
+        super().__init__()
+        self.discrete = spec.discrete
+        outputs = spec.action_dim if spec.discrete else 2 * spec.action_dim
+        self.head = Head(feat_dim, args.units, args.actor_layers, outputs)
+        self.init_std, self.min_std = args.actor_init_std, args.actor_min_std
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """(..., F) -> parameters of the policy (..., A), or (..., 2A) for continuous actions."""
+        return self.head(feat)
+
+    def policy(self, raw: Tensor) -> OneHot | Gaussian:
+        """Distribution of actions from `forward`'s output: one-hot, or from mean and deviation."""
+        if not self.discrete:
+            mean, raw_std = raw.chunk(2, -1)  # a mean within 5, a deviation of 5 at first
+            std = F.softplus(raw_std + math.log(math.expm1(self.init_std))) + self.min_std
+            return TanhNormal(5 * (mean / 5).tanh(), std)
+        return OneHot(raw)
+
+
+class Critic(nn.Module):
+    """Feature -> distribution of the return from there."""
+
+    def __init__(self, args: Args, feat_dim: int):
+        super().__init__()
+        self.head = Head(feat_dim, args.units, args.critic_layers, 1)
+
+    def forward(self, feat: Tensor) -> Normal:
+        """(..., F) -> distribution over (...), a normal one."""
+        return Normal(self.head(feat).squeeze(-1))
+
+
+# ----------------------------------------------------------------------------------------- 8 losses
+def world_model_loss(model: WorldModel, batch: Batch, carry: State,
+                     args: Args) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
+    """Scaled loss terms of the world model, (T, B) or scalars, over every replayed step. Eq. 10:
+        L = -ln p(x_t|s_t) - ln p(r_t|s_t) - 10 ln p(gamma_t|s_t)
+            + beta max(3, mean KL[ q(z_t|h_t,x_t) || p(z_t|h_t) ])
+
+    Returns the terms, the posterior states deter (T, B, D) and stoch (T, B, Z), and statistics.
+    """
+    image = centre(batch.image)
+    embed = model.encoder(image, batch.vector)  # (T, B, E)
+    prev_action = previous_actions(batch, carry.action)  # (T, B, A)
+    deter, stoch, raw = model.rssm.observe(embed, prev_action, batch.is_first, carry.deter,
+                                           carry.stoch)
+    post, prior = model.rssm.latent(raw), model.rssm.prior(deter)
+    feat = torch.cat([deter, stoch], -1)  # (T, B, F)
+
+    losses, metrics = {}, {"latent/post_entropy": post.entropy(),
+                           "latent/prior_entropy": prior.entropy()}
+    if image is not None:
+        log_prob = Normal(model.decoder.image(feat)).log_prob(image)  # (T, B, I, I, C)
+        losses["image"] = -log_prob.sum((-3, -2, -1))
+    if batch.vector is not None:
+        losses["vector"] = -Normal(model.decoder.vector(feat)).log_prob(batch.vector).sum(-1)
+    reward = batch.reward.tanh() if args.clip_rewards == "tanh" else batch.reward
+    losses["reward"] = -model.reward(feat).log_prob(reward)
+    if args.pcont:
+        going_on = args.gamma * (~batch.is_terminal).float()  # (T, B)
+        losses["cont"] = -args.pcont_scale * model.cont(feat).log_prob(going_on)
+    kl = post.kl(prior)  # (T, B)
+    losses["kl"] = args.kl_scale * kl.mean().clamp(min=args.free_nats)  # [V1-7]
+    metrics["latent/kl"] = kl
+    return losses, deter.detach(), stoch.detach(), metrics
+
+
+def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
+            horizon: int) -> Tensor:
+    """Follow the actor through the prior for `horizon` steps [V1-1], from (N, D) and (N, Z).
+    Returns features (H1, N, F), the starts included.
+    The gradient comes back through the dynamics [V1-2], but the actor always sees detached
+    features: it learns from what its actions lead to, and not by bending the state.
+    """
+    feats = [torch.cat([deter, stoch], -1)]
+    for _ in range(horizon):
+        action = actor.policy(actor(feats[-1].detach())).sample()
+        deter, stoch = model.rssm.img_step(deter, stoch, action)
+        feats.append(torch.cat([deter, stoch], -1))
+    return torch.stack(feats)
+
+
+def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_: float) -> Tensor:
+    """Lambda-returns of imagined trajectories, one per step, (H, N) or one step less.
+
+        R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
+        R_H = next_value_{H-1}                      after the last step: the critic's word
+
+    All arguments have the shape of the result and are aligned: what follows from step t stands at
+    index t.
+    """
+    target = reward + discount * (1 - lambda_) * next_value
+    returns, last = [], next_value[-1]
+    for t in reversed(range(len(reward))):
+        last = target[t] + discount[t] * lambda_ * last
+        returns.append(last)
+    return torch.stack(returns[::-1])
+
+
+def actor_loss(ret: Tensor, weight: Tensor) -> Tensor:
+    """Loss of the actor as a scalar. Eq. 7:
+        L = -mean w_t V_t
+    The gradient reaches the actor by reward, discount and value, back through the dynamics. The
+    weights w_t are in the authors' code only [V1-5]. All tensors are (G, N).
+    """
+    return -(weight * ret).mean()
+
+
+def critic_loss(value_dist: Normal, ret: Tensor, weight: Tensor) -> Tensor:
+    """Loss of the critic as a scalar, with the constant of a normal distribution:
+        L = -mean w_t ln p(V_t|s_t) = mean w_t ( 1/2 (v_t - sg(V_t))^2 + const )
+    The weights w_t are in the authors' code only. All tensors have the same shape.
+    """
+    log_prob = value_dist.log_prob(ret.detach())
+    return -(weight * log_prob).mean()
+
+
+# ------------------------------------------------------------------------------------------ 9 agent
+class Optimizer:
+    """Adam, on gradients clipped by their global norm."""
+
+    def __init__(self, params, lr: float, eps: float, clip: float):
+        self.params, self.clip = list(params), clip
+        self.lr, self.eps = lr, eps
+        self.mean = [torch.zeros_like(param) for param in self.params]
+        self.square = [torch.zeros_like(param) for param in self.params]
+        self.count = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
+
+    def grads(self, loss: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        """Gradients of a scalar loss, for this optimiser's parameters only.
+
+        The actor's loss passes through world model and critic, too; they must not learn from it.
+        """
+        grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
+        average_over_ranks(grads)
+        return grads
+
+    @torch.no_grad()
+    def apply(self, grads: tuple[Tensor, ...]) -> Tensor:
+        """Take one step; returns the global norm of the gradients before clipping."""
+        norm = nn.utils.get_total_norm(grads)
+        clipped = torch._foreach_mul(grads, self.clip / norm.clamp(min=self.clip))
+        # Adam with its epsilon beside sqrt(v) before the correction for the start, as TensorFlow
+        # has it: at the first step it counts 30 times less than the same epsilon in PyTorch.
+        self.count += 1
+        torch._foreach_lerp_(self.mean, clipped, 1 - 0.9)
+        torch._foreach_mul_(self.square, 0.999)
+        torch._foreach_addcmul_(self.square, clipped, clipped, 1 - 0.999)
+        rate = self.lr * (1 - 0.999**self.count).sqrt() / (1 - 0.9**self.count)
+        divisor = torch._foreach_sqrt(self.square)
+        torch._foreach_add_(divisor, self.eps)
+        torch._foreach_div_(divisor, rate.float())
+        torch._foreach_addcdiv_(self.params, self.mean, divisor, -1.0)
+        return norm
+
+    def state_dict(self) -> dict:
+        """Adam's moments and counter, without the learning rate."""
+        return {"mean": self.mean, "square": self.square, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Undo `state_dict`."""
+        for ours, saved in zip([*self.mean, *self.square, self.count],
+                               [*state["mean"], *state["square"], state["count"]]):
+            ours.copy_(saved)
+
+
+class Agent(nn.Module):
+    """World model, actor, critic and how they learn."""
+
+    def __init__(self, args: Args, spec: EnvSpec, device: torch.device):
+        super().__init__()
+        self.args, self.spec, self.device, self.updates = args, spec, device, 0
+        self.world_model = WorldModel(args, spec)
+        feat_dim = self.world_model.feat_dim
+        self.actor = Actor(args, spec, feat_dim)
+        self.critic = Critic(args, feat_dim)
+        self.to(device, memory_format=torch.channels_last)
+        self.model_opt = Optimizer(self.world_model.parameters(), args.model_lr, args.model_eps,
+                                   args.model_clip)
+        self.actor_opt = Optimizer(self.actor.parameters(), args.actor_lr, args.actor_eps,
+                                   args.actor_clip)
+        self.critic_opt = Optimizer(self.critic.parameters(), args.critic_lr, args.critic_eps,
+                                    args.critic_clip)
+        self.bf16 = use_bf16(args.amp, device, args.units >= 256)
+        if args.compile:
+            self.compile_networks()
+        if args.cuda_graph and device.type == "cuda":
+            self.learn = CudaGraph(self.learn)
+
+    def train_step(self, batch: Batch, carry: State) -> dict[str, Tensor]:
+        """One update, from `carry`, the state before the batch; returns scalar metrics."""
+        metrics = self.learn(batch, carry)
+        self.updates += 1
+        return metrics
+
+    def learn(self, batch: Batch, carry: State) -> dict[str, Tensor]:
+        """A step of world model, actor and critic. The metrics are still on the device.
+
+        All three losses and gradients come from the weights before the update (authors' code).
+        """
+        args, model = self.args, self.world_model
+        # World model
+        with self.autocast():
+            losses, deter, stoch, metrics = world_model_loss(model, batch, carry, args)
+        loss_model = sum(loss.mean() for loss in losses.values())
+        model_grads = self.model_opt.grads(loss_model)  # applied below
+
+        # Imagination, from every posterior state
+        with self.autocast():
+            if args.pcont:  # whether the last state of a window is terminal is not known
+                deter, stoch = deter[:-1], stoch[:-1]
+            feat = imagine(model, self.actor, deter.flatten(0, 1), stoch.flatten(0, 1),
+                           args.imag_horizon)[1:]  # (H, N, F)
+            reward = model.reward(feat[:-1]).mean()  # (G, N)
+            value = self.critic(feat).mean()  # (H, N)
+            discount = torch.full_like(reward, args.gamma)  # (G, N)
+            if args.pcont:
+                discount = model.cont(feat[:-1]).mean()  # (G, N) [V1-4]
+
+        # Returns: reward and discount are those of state t itself, as in Eq. 6
+        ones = torch.ones_like(discount[:1])  # (1, N)
+        weight = torch.cat([ones, discount[:-1]]).cumprod(0).detach()  # (G, N) [V1-5]
+        ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (G, N) [V1-3]
+
+        # Actor and critic
+        loss_actor = actor_loss(ret, weight)
+        loss_critic = critic_loss(Normal(value[:-1]), ret, weight)
+        actor_grads = self.actor_opt.grads(loss_actor, retain_graph=True)
+        critic_grads = self.critic_opt.grads(loss_critic)
+        model_norm = self.model_opt.apply(model_grads)
+        actor_norm, critic_norm = (self.actor_opt.apply(actor_grads),
+                                   self.critic_opt.apply(critic_grads))
+
+        metrics |= {f"loss/{name}": loss for name, loss in losses.items()} | {
+            "loss/model": loss_model, "loss/actor": loss_actor, "loss/critic": loss_critic,
+            "grad_norm/model": model_norm, "grad_norm/actor": actor_norm,
+            "grad_norm/critic": critic_norm, "imagined/return": ret, "imagined/value": value,
+            "imagined/reward": reward}
+        return {name: values.detach().mean() for name, values in metrics.items()}
+
+    @torch.no_grad()
+    def act(self, obs: EnvStep, state: State, sample: bool = True, random: bool = False) -> State:
+        """Take in one observation per environment and choose actions: the next state.
+
+        `state` is the one before; `state.action` (P, A) led to this observation. `sample`: draw
+        from the policy, else take its mode. `random`: uniformly random actions. At the end of an
+        episode nothing is chosen: the action is zero.
+        """
+        image, vector, is_first, is_last = (
+            None if array is None else on_device(torch.from_numpy(array)[None], self.device)
+            for array in (obs.image, obs.vector, obs.is_first, obs.is_last))
+        embed = self.world_model.encoder(centre(image), vector)
+        deter, stoch, _ = self.world_model.rssm.observe(
+            embed, state.action[None], is_first if obs.is_first.any() else None, state.deter,
+            state.stoch)
+        policy = self.actor.policy(self.actor(torch.cat([deter[0], stoch[0]], -1)))
+        action = policy.sample() if sample else policy.mode()
+        if random:
+            action = random_actions(action, self.spec.discrete)
+        return State(deter[0], stoch[0], action * ~is_last[0, :, None])
+
+    def zero_state(self, rows: int) -> State:
+        """Zeros; a sequence begins with is_first, where the RSSM puts its own initial state."""
+        return State(*(torch.zeros(rows, width, device=self.device) for width in (
+            self.args.deter, self.args.stoch_dim, self.spec.action_dim)))
+
+    def compile_networks(self) -> None:
+        """Compile the steps of the two loops and the networks that are called for all time.
+
+        Once for every shape that occurs (acting, training, video), not once for all shapes.
+        """
+        torch._functorch.config.donated_buffer = False  # two losses share one backward graph
+        torch._dynamo.config.recompile_limit = 64  # every Dense is a variant of the same code
+        model = self.world_model
+        for network in self.modules():
+            if isinstance(network, (Encoder, Head, Actor)):
+                network.compile(dynamic=False)
+        model.decoder.image = torch.compile(model.decoder.image, dynamic=False)
+        model.rssm.obs_step = torch.compile(model.rssm.obs_step, dynamic=False)
+        model.rssm.img_step = torch.compile(model.rssm.img_step, dynamic=False)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 for matrix products and convolutions; parameters and losses stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        """By name, for the checkpoint."""
+        return {"model": self.model_opt, "actor": self.actor_opt, "critic": self.critic_opt}
+
+
+def random_actions(like: Tensor, discrete: bool) -> Tensor:
+    """Uniformly random actions of the shape (P, A) of `like`: one-hot, or within [-1, 1]."""
+    noise = torch.rand_like(like)
+    return F.one_hot(noise.argmax(-1), like.shape[-1]).float() if discrete else 2 * noise - 1
+
+
+# -------------------------------------------------------------------------------------- 10 dreaming
+@torch.no_grad()
+def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]:
+    """What happened, what the model reconstructs, and what it imagines, for the first sequence.
+
+    The model infers its state from the first `context` observations of `batch` (T, B, ...); from
+    there on it is given the recorded actions and nothing else, up to the end of that episode.
+    Videos (T, I, I, C) uint8, or vectors (T, V) float32 for environments without images.
+    """
+    ends = batch.is_first[context:, 0].nonzero()
+    length = context + int(ends[0]) if len(ends) else len(batch.reward)
+    batch = Batch(*(x if x is None else on_device(x[:length], agent.device) for x in batch))
+    model, before = agent.world_model, agent.zero_state(batch.reward.shape[1])
+    replay_deter, replay_stoch, _ = model.rssm.observe(
+        model.encoder(centre(batch.image), batch.vector), previous_actions(batch, before.action),
+        batch.is_first, before.deter, before.stoch)
+    feat = torch.cat([replay_deter, replay_stoch], -1)  # (T, B, F)
+
+    imag_deter, imag_stoch = replay_deter[context - 1], replay_stoch[context - 1]
+    imag_feat = [*feat[:context]]
+    for action in batch.action[context - 1:-1]:
+        imag_deter, imag_stoch = model.rssm.img_step(imag_deter, imag_stoch, action)
+        imag_feat.append(torch.cat([imag_deter, imag_stoch], -1))
+
+    feats = torch.stack([feat[:, :1], torch.stack(imag_feat)[:, :1]])  # (2, T, 1, F)
+    names = ["what happened", "reconstruction", "imagination"]
+    if batch.image is None:
+        vectors = model.decoder.vector(feats)[:, :, 0]
+        vectors = torch.stack([batch.vector[:, 0], *vectors])
+        return dict(zip(names, vectors.cpu().numpy()))
+    images = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]
+    images = torch.stack([batch.image[:, 0], *((images + 0.5).clamp(0, 1) * 255).round().byte()])
+    return dict(zip(names, images.cpu().numpy()))
+
+
+# ------------------------------------------------------------------------------------- 11 main loop
+def first_update(args: Args, world: int) -> int:
+    """Timestep of the first update: --learning-starts, but each ring must hold a whole window."""
+    whole_windows = args.num_envs * world * args.batch_length
+    return 1 if args.offline else max(args.learning_starts, whole_windows)
+
+
+def explore(args: Args, step: int, state: State, obs: EnvStep, discrete: bool) -> State:
+    """Noise on the actions (P, A) of `state`: normal, or a random action now and then. [V1-6]"""
+    halvings = step * args.action_repeat / args.expl_decay if args.expl_decay else 0
+    amount = max(args.expl_min, args.expl_amount * 0.5**halvings)
+    if discrete:
+        is_random = torch.rand_like(state.action[:, :1]) < amount
+        noisy = torch.where(is_random, random_actions(state.action, discrete), state.action)
+    else:
+        noisy = (state.action + amount * draw_noise(state.action)).clamp(-1, 1)
+    goes_on = on_device(torch.from_numpy(~obs.is_last), noisy.device)  # else nothing is chosen
+    return state._replace(action=noisy * goes_on[:, None])
+
+
+def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
+    """Updates to make now, so that every timestep is replayed `train_ratio` times on average."""
+    steps, replayed = step - first_update(args, world), args.batch_size * args.batch_length
+    return args.pretrain + int(steps * args.train_ratio / replayed) - done if steps >= 0 else 0
+
+
+def train(args: Args, run_dir: Path | None) -> None:
+    """The whole run, or the rest of the one in `run_dir`."""
+    with Run(SCRIPT, args, run_dir) as run:
+        envs = Envs(args.env_config, args.num_envs, run.seed, args.max_env_restarts,
+                    args.env_timeout, args.env_seed)
+        agent = Agent(args, envs.spec, run.device)
+        replay = run.open_replay(ReplayBuffer, envs.spec, args.capacity)
+        feeder = Feeder(replay, run.device, args.batch_size // run.world, args.batch_length)
+        run.start(envs, agent, feeder, open_loop,
+                  planned=updates_due(args, args.total_timesteps, 0, run.world))
+
+        obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
+        blank = agent.zero_state(args.batch_size // run.world)  # a window starts with is_first
+        while run.step < args.total_timesteps and not run.stopping():
+            if not args.offline:
+                random = run.step < first_update(args, run.world)
+                state = agent.act(obs, state, random=random)  # act
+                if not random:
+                    state = explore(args, run.step, state, obs, envs.spec.discrete)
+                action = state.action.cpu().numpy()
+                replay.add(obs, action)  # store
+            run.step += args.num_envs * run.world
+            for _ in range(feeder.ready() * updates_due(args, run.step, agent.updates, run.world)):
+                metrics = agent.train_step(feeder.next(), blank)  # train; a GPU works on it while
+                feeder.prepare()  # the next batch is drawn and the environments step
+            run.log_and_save(obs, metrics)  # log
+            if not args.offline:
+                obs = envs.step(action)  # step
+
+
+def main() -> None:
+    """Train, resume, evaluate or dream; a mistake of the user gets one line and exit status 1."""
+    with one_line_errors():
+        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], TASKS)
+        if args.evaluate:
+            evaluate(args, load_agent(Agent, args, run_dir, SCRIPT))
+        elif args.dream:
+            dream(args, run_dir, load_agent(Agent, args, run_dir, SCRIPT), open_loop, to_batch)
+        else:
+            train(args, run_dir)
+
+
+if __name__ == "__main__":
+    main()
