@@ -59,7 +59,7 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     H  imagination horizon, 15     H1  H + 1     G  H - 1     A  action, 6     P  environments, 1
     E  embedding, 1024     D  deterministic state, 200     Z  stochastic state, 30
     F = D + Z  feature, 230     U  hidden units, 200     V  vector observation
-    I, I, C  image, 64 64 3
+    I, I, C  image, 64 64 3     K  classes of a one-hot action
     Equations of the paper: 1 RSSM; 2, 3 Actor and Critic; 6 lambda_return; 7 actor_loss;
     8 critic_loss; 10 world_model_loss
 
@@ -108,8 +108,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.cli import check_numbers, fill, one_line_errors, parse
-from common.devices import (CudaGraph, Feeder, average_over_ranks, gather_ranks, on_device,
-                            use_bf16)
+from common.devices import CudaGraph, Feeder, average_over_ranks, on_device, use_bf16
 from common.envs import EnvConfig, EnvSpec, default_action_repeat
 from common.files import UserError
 from common.play import dream, evaluate, load_agent
@@ -131,7 +130,8 @@ SIZES = {  # XXS is ours, for laptops and tests
     "XXS": PAPER | dict(deter=128, hidden=128, units=128, reward_layers=2, critic_layers=2,
                         pcont_layers=2, actor_layers=2, depth=8, mlp_units=128, mlp_layers=2,
                         batch_size=16, batch_length=16, train_ratio=256.0, learning_starts=500,
-                        model_lr=1e-3, actor_lr=3e-4, critic_lr=3e-4, free_nats=1.0),
+                        model_lr=1e-3, actor_lr=1e-4, critic_lr=1e-3, gamma=0.95, kl_scale=0.1,
+                        free_nats=1.0),
     "paper": PAPER,
 }
 TASKS = {  # what follows from the kind of actions

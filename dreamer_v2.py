@@ -108,8 +108,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.cli import check_numbers, fill, one_line_errors, parse
-from common.devices import (CudaGraph, Feeder, average_over_ranks, gather_ranks, on_device,
-                            use_bf16)
+from common.devices import CudaGraph, Feeder, average_over_ranks, on_device, use_bf16
 from common.envs import EnvConfig, EnvSpec, default_action_repeat
 from common.files import UserError
 from common.play import dream, evaluate, load_agent
@@ -127,8 +126,8 @@ PAPER = dict(
 SIZES = {  # XXS is ours, for laptops and tests
     "XXS": PAPER | dict(deter=128, hidden=128, units=128, layers=2, depth=8, mlp_units=128,
                         mlp_layers=2, stoch=16, classes=16, batch_length=16, train_ratio=256.0,
-                        learning_starts=500, model_lr=5e-4, actor_lr=3e-4, critic_lr=5e-4,
-                        gamma=0.99),
+                        learning_starts=500, model_lr=1e-3, actor_lr=1e-4, critic_lr=1e-3,
+                        gamma=0.95, kl_scale=0.1, free_nats=0.0),
     "paper": PAPER,
 }
 TASKS = {  # the authors' settings for Atari and for DeepMind Control: what --size leaves open

@@ -19,13 +19,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def synthetic_batch(length: int, rows: int, actions: int) -> dict[str, np.ndarray]:
-    """A replayed batch, time-major, the same on every side: noise for images, two seams."""
-    rng = np.random.default_rng(0)
+def synthetic_batch(length: int, rows: int, shape: dict) -> dict[str, np.ndarray]:
+    """A replayed batch, time-major, the same on every side: noise for images, two seams.
+
+    `shape`: `channels` of the image, number of `actions`, and whether they are `discrete`.
+    """
+    rng, actions = np.random.default_rng(0), shape["actions"]
     is_first = np.zeros((length, rows), bool)
     is_first[0], is_first[length // 2, 0] = True, True
-    return {"image": rng.integers(256, size=(length, rows, 64, 64, 3), dtype=np.uint8),
-            "action": np.eye(actions, dtype=np.float32)[rng.integers(actions, size=(length, rows))],
+    action = rng.uniform(-1, 1, (length, rows, actions)).astype(np.float32)
+    if shape["discrete"]:
+        action = np.eye(actions, dtype=np.float32)[action.argmax(-1)]
+    pixels = rng.integers(256, size=(length, rows, 64, 64, shape["channels"]), dtype=np.uint8)
+    return {"image": pixels, "action": action,
             "reward": rng.standard_normal((length, rows)).astype(np.float32),
             "is_first": is_first, "is_terminal": np.roll(is_first, -1, 0) & ~is_first}
 
@@ -34,7 +40,8 @@ class Side:
     """Base class: a subclass makes `self.agent_step()`, one update, and `self.act_step(rows)`."""
 
     def __init__(self, setting: dict):
-        """`setting`: sizes of the model, and threads, bf16, compile, actions, horizon."""
+        """`setting`: script, sizes, pcont, horizon, actions, discrete, channels, threads, bf16,
+        compile."""
         self.setting = setting
         if setting["threads"]:
             torch.set_num_threads(setting["threads"])
@@ -96,6 +103,7 @@ class Side:
         return time.perf_counter() - start
 
     def wait(self) -> None:
+        """Until the GPU is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -1,38 +1,51 @@
-"""One of our scripts as a side of `speed.py`."""
+"""One of our scripts, of this version or of an older one, as a side of `speed.py`."""
 
 import importlib
 import sys
 import time
-from pathlib import Path
+from dataclasses import fields
 
 import numpy as np
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1])]
-from benchmarks.side import Side, serve, synthetic_batch  # noqa: E402
-from common import runs  # noqa: E402
-from common.envs import EnvConfig, Envs, EnvSpec, EnvStep, default_action_repeat  # noqa: E402
+from side import Side, serve, synthetic_batch
 
 
 class Ours(Side):
     """`Agent.train_step` and `Agent.act` of dreamer_v1.py, dreamer_v2.py or dreamer_v3.py."""
 
     def __init__(self, setting: dict):
+        """`setting["root"]`: the folder of the script and its common/."""
         super().__init__(setting)
-        runs.keep_freed_memory()  # as `train` does
-        self.script = importlib.import_module(setting["script"])
-        args = self.script.Args(**setting["sizes"], horizon=setting["horizon"],
-                                compile=setting["compile"], amp="on" if setting["bf16"] else "off")
-        self.spec = EnvSpec((64, 64, 3), 0, setting["actions"], True)
-        self.agent = self.script.Agent(args, self.spec, self.device)
+        sys.path[:0] = [setting["root"]]
+        self.script = script = importlib.import_module(setting["script"])
+        self.is_old = "horizon" in {field.name for field in fields(script.Args)}
+        helpers = importlib.import_module("common.runs" if self.is_old else "common.devices")
+        helpers.keep_freed_memory()  # as `train` does
+        shape = (64, 64, setting["channels"])
+        self.spec = script.EnvSpec(shape, 0, setting["actions"], setting["discrete"])
+        self.agent = script.Agent(self.make_args(), self.spec, self.device)
+        self.zero_state = self.agent.blank_state if self.is_old else self.agent.zero_state
+
+    def make_args(self):
+        """`Args` as a new run would fill them for this kind of actions."""
+        setting, script = self.setting, self.script
+        horizon = "horizon" if self.is_old else "imag_horizon"
+        args = script.Args(**setting["sizes"], **{horizon: setting["horizon"]},
+                           compile=setting["compile"], amp="on" if setting["bf16"] else "off")
+        if hasattr(script, "TASKS"):
+            kind = "discrete" if setting["discrete"] else "continuous"
+            script.fill(args, script.TASKS[kind])
+        return args
 
     def batch(self, length: int, rows: int) -> None:
-        arrays = synthetic_batch(length, rows, self.setting["actions"])
+        """Use a batch of this shape from here on."""
+        arrays = synthetic_batch(length, rows, self.setting)
         tensors = {k: torch.from_numpy(v).to(self.device) for k, v in arrays.items()}
         self.data = self.script.Batch(vector=None, **tensors)
-        self.carry = self.agent.blank_state(rows)
+        self.carry = self.zero_state(rows)
 
     def agent_step(self) -> None:
+        """One update."""
         self.agent.train_step(self.data, self.carry)
 
     def parameters(self) -> dict:
@@ -41,29 +54,33 @@ class Ours(Side):
 
     def act_step(self, rows: int):
         """Observations in numpy on the way in, actions in numpy on the way out, as in the loop."""
-        image = synthetic_batch(1, rows, self.setting["actions"])["image"][0]
+        image = synthetic_batch(1, rows, self.setting)["image"][0]
         no, zero = np.zeros(rows, bool), np.zeros(rows, np.float32)
-        step = EnvStep(image, None, zero, no, no, no, zero.astype(float), zero.astype(int))
-        carry = self.agent.blank_state(rows)
+        step = self.script.EnvStep(image, None, zero, no, no, no, zero.astype(float),
+                                   zero.astype(int))
+        state = self.zero_state(rows)
 
         def act():
-            nonlocal carry
-            carry = self.agent.act(step, carry)
-            return carry.action.cpu().numpy()
+            nonlocal state
+            state = self.agent.act(step, state)
+            return state.action.cpu().numpy()
         return act
 
     def envs(self, env_id: str, num_envs: int, seconds: float, acting: bool) -> dict:
         """Timesteps per second of `num_envs` environments together, with the agent or at random."""
-        config = EnvConfig(env_id, action_repeat=default_action_repeat(env_id))
-        envs = Envs(config, num_envs, seed=0)
-        obs, carry = envs.reset(), self.agent.blank_state(num_envs)
+        repeat = self.script.default_action_repeat(env_id)
+        config = self.script.EnvConfig(env_id, action_repeat=repeat,
+                                       grayscale=self.setting["channels"] == 1)
+        envs = self.script.Envs(config, num_envs, seed=0)
+        obs, state = envs.reset(), self.zero_state(num_envs)
+        rng, size = np.random.default_rng(0), (num_envs, envs.spec.action_dim)
         steps, start = 0, time.perf_counter()
         while (passed := time.perf_counter() - start) < seconds:
             if acting:
-                carry = self.agent.act(obs, carry)
-                obs = envs.step(carry.action.cpu().numpy())
+                state = self.agent.act(obs, state)
+                obs = envs.step(state.action.cpu().numpy())
             else:
-                obs = envs.step(self.script.random_action(envs.spec, num_envs))
+                obs = envs.step(rng.uniform(-1, 1, size).astype(np.float32))
             steps += num_envs
         envs.close()
         return {"per_second": steps / passed}

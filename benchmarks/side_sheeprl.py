@@ -10,66 +10,85 @@ of the batch to float32 is not timed (ours, inside the update, is). Its process 
 the C library does by default, which is what its users get; ours as `train` does.
 """
 
+import importlib
+import json
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import hydra
 import torch
 from lightning.fabric import Fabric
 from omegaconf import OmegaConf
+from sheeprl.utils.utils import dotdict
+from side import Side, serve, synthetic_batch
 from torch.distributions import Distribution
-
-sys.path[:0] = [str(Path(__file__).parents[1])]
-from benchmarks.side import Side, serve, synthetic_batch  # noqa: E402
-from sheeprl.algos.dreamer_v3.agent import build_agent  # noqa: E402
-from sheeprl.algos.dreamer_v3.dreamer_v3 import train  # noqa: E402
-from sheeprl.algos.dreamer_v3.utils import AGGREGATOR_KEYS, Moments, prepare_obs  # noqa: E402
-from sheeprl.utils.utils import dotdict  # noqa: E402
 
 
 class Sheeprl(Side):
-    """DreamerV3 at its configuration exp=dreamer_v3_100k_ms_pacman, with the sizes overridden."""
+    """One of its three Dreamers at its configuration `exp`, with the sizes overridden."""
+
+    exp: str
+    layers = {"mlp_layers": "layers"}  # their name: ours
 
     def __init__(self, setting: dict):
         super().__init__(setting)
-        precision = "bf16-mixed" if setting["bf16"] else "32-true"
-        sizes = {"dense_units": "units", "mlp_layers": "layers",
-                 "world_model.stochastic_size": "stoch",
-                 "world_model.discrete_size": "classes",
-                 "world_model.encoder.cnn_channels_multiplier": "depth",
-                 "world_model.recurrent_model.recurrent_state_size": "deter",
-                 "world_model.transition_model.hidden_size": "hidden",
-                 "world_model.representation_model.hidden_size": "hidden"}
-        overrides = [f"algo.{theirs}={setting['sizes'][ours]}" for theirs, ours in sizes.items()]
-        with hydra.initialize_config_module("sheeprl.configs", version_base="1.3"):
-            config = hydra.compose("config", [
-                "exp=dreamer_v3_100k_ms_pacman", f"algo.horizon={setting['horizon']}",
-                f"algo.compile.enabled={setting['compile']}", *overrides])
-        self.cfg = dotdict(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+        package = f"sheeprl.algos.{setting['script']}"
+        self.algorithm, self.agent, self.utils = (
+            importlib.import_module(f"{package}.{name}")
+            for name in (setting["script"], "agent", "utils"))
+        self.cfg = self.configuration()
         torch.set_float32_matmul_precision(self.cfg.float32_matmul_precision)
         Distribution.set_default_validate_args(self.cfg.distribution.validate_args)
-        self.fabric = Fabric(accelerator=self.device.type, devices=1, precision=precision)
-        space = gym.spaces.Dict(rgb=gym.spaces.Box(0, 255, (3, 64, 64), "uint8"))
-        self.actions_dim = (setting["actions"],)
-        self.world_model, self.actor, self.critic, self.target_critic, self.player = build_agent(
-            self.fabric, self.actions_dim, False, self.cfg, space)
-        self.fabric_parts = (self.world_model, self.actor, self.critic)
-        self.optimizers = self.fabric.setup_optimizers(*(
-            hydra.utils.instantiate(part_cfg.optimizer, params=part.parameters(), _convert_="all")
-            for part, part_cfg in zip(self.fabric_parts, (
-                self.cfg.algo.world_model, self.cfg.algo.actor, self.cfg.algo.critic))))
-        moments = self.cfg.algo.actor.moments
-        self.moments = Moments(moments.decay, moments.max, moments.percentile.low,
-                               moments.percentile.high)
+        self.fabric = Fabric(accelerator=self.device.type, devices=1,
+                             precision="bf16-mixed" if setting["bf16"] else "32-true")
+        self.build()
         metrics = self.cfg.metric.aggregator.metrics
-        for key in set(metrics) - AGGREGATOR_KEYS:
+        for key in set(metrics) - self.utils.AGGREGATOR_KEYS:
             metrics.pop(key)
         self.aggregator = hydra.utils.instantiate(self.cfg.metric.aggregator, _convert_="all")
         self.aggregator.to(self.device)
 
+    def configuration(self) -> dotdict:
+        """What its command line would make of these sizes."""
+        setting, sizes = self.setting, self.setting["sizes"]
+        names = {"dense_units": "units", "world_model.stochastic_size": "stoch",
+                 "world_model.discrete_size": "classes",
+                 "world_model.encoder.cnn_channels_multiplier": "depth",
+                 "world_model.recurrent_model.recurrent_state_size": "deter",
+                 "world_model.transition_model.hidden_size": "hidden",
+                 "world_model.representation_model.hidden_size": "hidden"} | self.layers
+        overrides = [f"algo.{theirs}={sizes[ours]}" for theirs, ours in names.items()
+                     if ours in sizes]
+        if setting["pcont"] is not None:
+            overrides.append(f"algo.world_model.use_continues={setting['pcont']}")
+        with hydra.initialize_config_module("sheeprl.configs", version_base="1.3"):
+            config = hydra.compose("config", [
+                f"exp={self.exp}", f"algo.horizon={setting['horizon']}",
+                f"algo.compile.enabled={setting['compile']}", *overrides])
+        return dotdict(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+
+    def build(self) -> None:
+        """Networks and optimisers."""
+        setting, algo = self.setting, self.cfg.algo
+        box = gym.spaces.Box(0, 255, (setting["channels"], 64, 64), "uint8")
+        self.actions_dim = (setting["actions"],)  # also for continuous ones, of which it is a Box
+        self.world_model, self.actor, self.critic, *target, self.player = self.agent.build_agent(
+            self.fabric, self.actions_dim, not setting["discrete"], self.cfg,
+            gym.spaces.Dict(rgb=box))
+        self.target_critic = target[0] if target else None
+        self.parts = (self.world_model, self.actor, self.critic)
+        configs = (algo.world_model.optimizer, algo.actor.optimizer, algo.critic.optimizer)
+        self.optimizers = self.fabric.setup_optimizers(*(
+            self.build_optimizer(config, part.parameters())
+            for config, part in zip(configs, self.parts)))
+
+    def build_optimizer(self, config: dict, params) -> torch.optim.Optimizer:
+        """As in its main loop."""
+        return hydra.utils.instantiate(config, params=params, _convert_="all")
+
     def batch(self, length: int, rows: int) -> None:
-        arrays = synthetic_batch(length, rows, self.setting["actions"])
+        """Use a batch of this shape from here on."""
+        arrays = synthetic_batch(length, rows, self.setting)
         self.cfg.algo.per_rank_batch_size, self.cfg.algo.per_rank_sequence_length = rows, length
         data = {k: torch.from_numpy(v).float() for k, v in arrays.items()}
         data = {"rgb": data["image"].permute(0, 1, 4, 2, 3).contiguous(), "actions": data["action"],
@@ -78,34 +97,95 @@ class Sheeprl(Side):
         data["truncated"] = torch.zeros_like(data["terminated"])
         self.data = {k: v.to(self.device) for k, v in data.items()}
 
+    def train(self, *target_critic, more=()) -> None:
+        """Its `train`: one update."""
+        self.algorithm.train(self.fabric, *self.parts, *target_critic, *self.optimizers,
+                             dict(self.data), self.aggregator, self.cfg, *more)
+
+    def parameters(self) -> dict:
+        """Trained parameters."""
+        return {"parameters": sum(p.numel() for part in self.parts for p in part.parameters()
+                                  if p.requires_grad)}
+
+    def actions(self, obs: dict) -> list:
+        """Of its player, as in its main loop."""
+        return self.player.get_actions(obs)
+
+    def act_step(self, rows: int):
+        """As in its main loop: numpy in, `prepare_obs`, the player, numpy out."""
+        self.player.num_envs = rows
+        self.player.init_states()
+        image = synthetic_batch(1, rows, self.setting)["image"][0].transpose(0, 3, 1, 2)
+
+        @torch.inference_mode()
+        def act():
+            obs = self.algorithm.prepare_obs(self.fabric, {"rgb": image}, cnn_keys=["rgb"],
+                                             num_envs=rows)
+            actions = self.actions(obs)
+            torch.cat(actions, -1).cpu().numpy()
+            if not self.setting["discrete"]:
+                return torch.stack(actions, -1).cpu().numpy()
+            return torch.stack([a.argmax(dim=-1) for a in actions], dim=-1).cpu().numpy()
+        return act
+
+
+class SheeprlV1(Sheeprl):
+    """DreamerV1; it has no other configuration than its default."""
+
+    exp = "dreamer_v1"
+    layers = {"mlp_layers": "actor_layers", "critic.mlp_layers": "critic_layers",
+              "world_model.reward_model.mlp_layers": "reward_layers",
+              "world_model.discount_model.mlp_layers": "pcont_layers"}
+
+    def agent_step(self) -> None:
+        """One update."""
+        self.train()
+
+    def actions(self, obs: dict) -> list:
+        """With the noise of exploration."""
+        return self.player.get_exploration_actions(obs)
+
+
+class SheeprlV2(Sheeprl):
+    """DreamerV2 in the authors' setting for Atari."""
+
+    exp, updates = "dreamer_v2_ms_pacman", 0
+
+    def build_optimizer(self, config: dict, params) -> torch.optim.Optimizer:
+        """With its weight decay."""
+        return self.utils.build_optimizer(config, params)
+
+    def agent_step(self) -> None:
+        """One update as in its main loop: the target critic first, every 100 of them."""
+        if self.updates % self.cfg.algo.critic.per_rank_target_network_update_freq == 0:
+            slow = self.target_critic.module.parameters()
+            for fast, copy in zip(self.critic.module.parameters(), slow):
+                copy.data.copy_(fast.data)
+        self.updates += 1
+        self.train(self.target_critic, more=(self.actions_dim,))
+
+
+class SheeprlV3(Sheeprl):
+    """DreamerV3 in the setting for Atari 100k."""
+
+    exp = "dreamer_v3_100k_ms_pacman"
+
+    def build(self) -> None:
+        """And what tracks the range of the returns."""
+        super().build()
+        moments = self.cfg.algo.actor.moments
+        self.moments = self.utils.Moments(moments.decay, moments.max, moments.percentile.low,
+                                          moments.percentile.high)
+
     def agent_step(self) -> None:
         """One update as in its main loop: the target critic first, then `train`."""
         tau = self.cfg.algo.critic.tau
         for fast, slow in zip(self.critic.module.parameters(), self.target_critic.parameters()):
             slow.data.copy_(tau * fast.data + (1 - tau) * slow.data)
-        train(self.fabric, self.world_model, self.actor, self.critic, self.target_critic,
-              *self.optimizers, dict(self.data), self.aggregator, self.cfg, False,
-              self.actions_dim, self.moments)
-
-    def parameters(self) -> dict:
-        """Trained parameters."""
-        return {"parameters": sum(p.numel() for part in self.fabric_parts for p in part.parameters()
-                                  if p.requires_grad)}
-
-    def act_step(self, rows: int):
-        """As in its main loop: numpy in, `prepare_obs`, `get_actions`, numpy out."""
-        self.player.num_envs = rows
-        self.player.init_states()
-        image = synthetic_batch(1, rows, self.setting["actions"])["image"][0].transpose(0, 3, 1, 2)
-
-        @torch.inference_mode()
-        def act():
-            obs = prepare_obs(self.fabric, {"rgb": image}, cnn_keys=["rgb"], num_envs=rows)
-            actions = self.player.get_actions(obs)
-            torch.cat(actions, -1).cpu().numpy()
-            return torch.stack([a.argmax(dim=-1) for a in actions], dim=-1).cpu().numpy()
-        return act
+        more = (not self.setting["discrete"], self.actions_dim, self.moments)
+        self.train(self.target_critic, more=more)
 
 
 if __name__ == "__main__":
-    serve(Sheeprl)
+    script = json.loads(sys.argv[1])["script"]
+    serve({"dreamer_v1": SheeprlV1, "dreamer_v2": SheeprlV2, "dreamer_v3": SheeprlV3}[script])

@@ -1,24 +1,27 @@
 """How fast an update, an acting step and the environments are, beside a peer, in one run.
 
-    python benchmarks/speed.py --script dreamer_v3 --size S
-    python benchmarks/speed.py --peer sheeprl --peer-python /opt/sheeprl-venv/bin/python
+    python benchmarks/speed.py --script dreamer_v2 --peer sheeprl --peer-python VENV/bin/python
     python benchmarks/speed.py --setting tiny --threads 1 --peer sheeprl --peer-python ...
+    python benchmarks/speed.py --setting tiny --threads 1 --old OTHER_CHECKOUT/dreamer_v3.py
     python benchmarks/speed.py --scaling --envs             also: batch shapes, environments
     python benchmarks/speed.py --profile                    only: where an update spends its time
     python benchmarks/speed.py --table --write              results/*.json into the README
 
-Every side (ours, the peer; float32, bf16) is one process, and they take turns: A B A B ... A
-machine that is busy for a minute is then busy for all; a ratio is the median over the rounds.
+Every side (ours, an older version of it, the peer; float32, bf16) is one process, and they take
+turns: A B, B A, A B ... A machine that is busy for a minute is then busy for all; a ratio is the
+median over the rounds. All sides have the same networks, batch, images and actions: in a setting of
+the paper those of the authors' (V1: control, V2 and V3: Atari).
 """
 
 import datetime
+import importlib
 import json
-import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,11 +30,20 @@ from typing import Literal
 import torch
 import tyro
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
-from dreamer_v3 import SIZES  # noqa: E402
+from common.cli import fill  # noqa: E402
 
-TINY = dict(deter=64, hidden=64, units=64, stoch=8, classes=8, depth=4, layers=1)
+SHAPES = {  # of the batch, the images and the actions
+    "dreamer_v1": dict(size="paper", batch_size=50, batch_length=50, channels=3, actions=6,
+                       discrete=False),
+    "dreamer_v2": dict(size="paper", batch_size=16, batch_length=50, channels=1, actions=9,
+                       discrete=True),
+    "dreamer_v3": dict(size="S", batch_size=16, batch_length=64, channels=3, actions=9,
+                       discrete=True),
+}
+LAYERS = ("layers", "reward_layers", "critic_layers", "pcont_layers", "actor_layers")
+TINY = dict(deter=64, hidden=64, units=64, stoch=8, classes=8, depth=4) | dict.fromkeys(LAYERS, 1)
 MARKS = ("<!-- speed:begin -->", "<!-- speed:end -->")
 
 
@@ -42,17 +54,24 @@ class Options:
     script: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3"] = "dreamer_v3"
     """Our side."""
     setting: Literal["size", "tiny"] = "size"
-    """The sizes of --size, or those of the posts' small runs: deter 64, 8 x 8 latents, depth 4."""
-    size: Literal["XXS", "XS", "S", "M", "L", "XL"] = "S"
-    """Preset of the paper."""
-    batch_size: int = 16
-    batch_length: int = 64
+    """The sizes of --size, or small ones: deter 64, 8 (x 8) latents, depth 4, one layer of 64."""
+    size: Literal["XXS", "XS", "S", "M", "L", "XL", "paper"] | None = None
+    """Preset of the script (None: S for V3, otherwise paper)."""
+    batch_size: int | None = None
+    """None, as in the next ones: as in the paper."""
+    batch_length: int | None = None
     horizon: int = 15
-    actions: int = 9
+    channels: int | None = None
+    """Of the images: 1 is grey."""
+    actions: int | None = None
+    discrete: bool | None = None
+    """Kind of actions."""
     peer: Literal["", "sheeprl"] = ""
     """Whom to compare with."""
     peer_python: str = sys.executable
     """Python of the peer's virtual environment."""
+    old: str = ""
+    """Also measure this older version of the script, which lies in a whole checkout."""
     amp: Literal["auto", "on", "off", "both"] = "auto"
     """bfloat16; auto: both where the processor multiplies it natively, otherwise off."""
     compile: bool = False
@@ -76,10 +95,24 @@ class Options:
     write: bool = False
     """With --table: into README.md, between its marks."""
 
+    def __post_init__(self) -> None:
+        """Fill in the shapes of the paper."""
+        fill(self, SHAPES[self.script])
+
+    @property
+    def presets(self) -> dict:
+        """What the script fills in for this size and these actions."""
+        module = importlib.import_module(self.script)
+        if self.size not in module.SIZES:
+            sys.exit(f"{self.script} has no size {self.size}, but {', '.join(module.SIZES)}")
+        kind = "discrete" if self.discrete else "continuous"
+        return getattr(module, "TASKS", {}).get(kind, {}) | module.SIZES[self.size]
+
     @property
     def sizes(self) -> dict[str, int]:
         """Of the networks."""
-        return TINY if self.setting == "tiny" else {"stoch": 32, "classes": 32} | SIZES[self.size]
+        sizes = {name: self.presets[name] for name in TINY if name in self.presets}
+        return {name: TINY[name] for name in sizes} if self.setting == "tiny" else sizes
 
     @property
     def precisions(self) -> list[bool]:
@@ -89,43 +122,57 @@ class Options:
                 "auto": [False, True] if native else [False]}[self.amp]
 
 
+# --------------------------------------------------------------------------------------- measuring
 class Process:
     """A side at work, see side.py."""
 
     def __init__(self, python: str, file: str, setting: dict):
         environment = os.environ | ({"OMP_NUM_THREADS": str(setting["threads"])}
                                     if setting["threads"] else {})
+        self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [python, str(HERE / file), json.dumps(setting)], text=True, bufsize=1, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
 
     def ask(self, what: str, **details) -> dict:
         """One request and its reply."""
-        self.process.stdin.write(json.dumps({"do": what} | details) + "\n")
-        reply = json.loads(self.process.stdout.readline() or '{"error": "the process died"}')
+        try:
+            self.process.stdin.write(json.dumps({"do": what} | details) + "\n")
+            reply = json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):  # it died
+            self.process.wait()
+            self.errors.seek(0)
+            reply = {"error": self.errors.read()[-2000:]}
         if "error" in reply:
             sys.exit(f"{self.process.args[1]}: {what}: {reply['error']}")
         return reply
 
     def close(self) -> None:
+        """Let it end."""
         self.process.stdin.close()
         self.process.wait()
 
 
 def start_sides(options: Options) -> dict[str, Process]:
     """By name, e.g. "ours float32"."""
-    sides = {}
+    sides, old = {}, Path(options.old).resolve()
     for bf16 in options.precisions:
-        setting = {"script": options.script, "sizes": options.sizes, "horizon": options.horizon,
-                   "actions": options.actions, "threads": options.threads, "bf16": bf16}
+        setting = {name: getattr(options, name) for name in (
+            "script", "sizes", "horizon", "actions", "discrete", "channels", "threads")}
+        setting |= {"bf16": bf16, "pcont": options.presets.get("pcont")}
         precision = "bf16" if bf16 else "float32"
         if options.peer:
             name = " ".join([options.peer, precision] + ["compiled"] * options.peer_compile)
             sides[name] = Process(options.peer_python, f"side_{options.peer}.py",
                                   setting | {"compile": options.peer_compile})
-        name = " ".join(["ours", precision] + ["compiled"] * options.compile)
         setting["compile"] = options.compile
-        sides[name] = Process(sys.executable, "side_ours.py", setting)
+        compiled = [precision] + ["compiled"] * options.compile
+        if options.old:
+            sides[" ".join(["old", *compiled])] = Process(
+                sys.executable, "side_ours.py",
+                setting | {"root": str(old.parent), "script": old.stem})
+        sides[" ".join(["ours", *compiled])] = Process(
+            sys.executable, "side_ours.py", setting | {"root": str(HERE.parent)})
     return sides
 
 
@@ -138,29 +185,46 @@ def measure(options: Options) -> dict:
         warm_up = side.ask("update", repeat=3)["seconds"]  # a side gets faster for some updates
         results[name] |= {"first_update": warm_up[0], "update": []}
         results[name] |= side.ask("parameters")
-    for index in range(options.rounds):
-        for name, side in sides.items():
-            results[name]["update"] += side.ask("update", repeat=1)["seconds"]
+    time_updates(sides, results, options.rounds)
+    for name, side in sides.items():
+        results[name]["peak_memory"] = side.ask("memory")["bytes"]
+    time_acting(sides, results, max(options.rounds, 7))
+    measure_more(sides, results, options)
+    ours = next(side for name, side in sides.items() if name.startswith("ours"))
+    rates = {key: max(ours.ask("matmul", bf16=bf16)["flops_per_second"] for _ in range(3))
+             for key, bf16 in (("float32", False), ("bf16", True))}
+    for side in sides.values():
+        side.close()
+    return {"sides": results, "matmul": rates}
+
+
+def time_updates(sides: dict[str, Process], results: dict, rounds: int) -> None:
+    """Rounds of one update of each side, every second round in the opposite order."""
+    for index in range(rounds):
+        for name in list(sides)[::-1 if index % 2 else 1]:
+            results[name]["update"] += sides[name].ask("update", repeat=1)["seconds"]
             print(f"round {index}, {name}: {results[name]['update'][-1]:.3f} s", flush=True)
+
+
+def time_acting(sides: dict[str, Process], results: dict, rounds: int) -> None:
+    """The same for acting: medians of 20 steps."""
     for rows in (1, 16):
-        for _ in range(max(options.rounds, 7)):
+        for _ in range(rounds):
             for name, side in sides.items():
                 seconds = side.ask("act", rows=rows, repeat=20)["seconds"]
                 results[name].setdefault(f"act_{rows}", []).append(statistics.median(seconds))
+
+
+def measure_more(sides: dict[str, Process], results: dict, options: Options) -> None:
+    """What is counted, not timed, and what was asked for."""
     ours = [name for name in sides if name.startswith("ours")]
     for name, side in sides.items():
-        results[name] |= {"peak_memory": side.ask("memory")["bytes"]}
         if "compiled" not in name:
             results[name] |= side.ask("flops")
     for name in ours * options.scaling:
         results[name]["scaling"] = scaling(sides[name], options)
     if options.envs:
         results[ours[0]]["envs"] = environments(sides[ours[0]])
-    rates = {key: max(sides[ours[0]].ask("matmul", bf16=bf16)["flops_per_second"] for _ in range(3))
-             for key, bf16 in (("float32", False), ("bf16", True))}
-    for side in sides.values():
-        side.close()
-    return {"sides": results, "matmul": rates}
 
 
 def scaling(side: Process, options: Options) -> dict:
@@ -191,6 +255,12 @@ def environments(side: Process) -> list[dict]:
     return rows
 
 
+# ----------------------------------------------------------------------------------------- results
+def git(*command: str) -> str:
+    """Output of a git command in this repository."""
+    return subprocess.run(["git", *command], cwd=HERE, text=True, capture_output=True).stdout.strip()
+
+
 def machine() -> dict:
     """What the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -204,9 +274,6 @@ def machine() -> dict:
 
 def start_record(kind: str, options) -> dict:
     """All that a result depends on, taken before the code is loaded: commits may come meanwhile."""
-    def git(*command):
-        done = subprocess.run(["git", *command], cwd=HERE, text=True, capture_output=True)
-        return done.stdout.strip()
     now = datetime.datetime.now(datetime.UTC)
     dirty = "-dirty" if git("status", "--porcelain", "-uno") else ""
     return {"kind": kind, "date": f"{now:%Y-%m-%d %H:%M:%S} UTC",
@@ -216,136 +283,128 @@ def start_record(kind: str, options) -> dict:
 
 def save(record: dict) -> Path:
     """Write one result."""
+    options = record["options"]
     stamp = "".join(c for c in record["date"] if c.isdigit())
-    path = HERE / "results" / f"{record['kind']}_{record['options']['setting']}_{stamp}.json"
+    name = f"{record['kind']}_{options['script']}_{options['setting']}_{stamp}.json"
+    path = HERE / "results" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
 
-def ratio(ours: list[float], theirs: list[float]) -> float:
-    """Median over the rounds of ours / theirs: what the two did right after one another."""
-    return statistics.median(a / b for a, b in zip(ours, theirs))
+def ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    """Quartiles over the rounds of ours / theirs: what the two did right after one another."""
+    found = [a / b for a, b in zip(ours, theirs)]
+    return statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
+
+
+def summary(record: dict) -> str:
+    """The rows of the table, and how far ours is from the others."""
+    sides, lines = record["sides"], speed_rows(record)
+    for name, side in sides.items():
+        for other in sides if name.startswith("ours") else ():
+            if other.split()[1] == name.split()[1] and other != name:
+                low, middle, high = ratios(side["update"], sides[other]["update"])
+                lines.append(f"{name} / {other}: {middle:.3f} (quartiles {low:.3f}, {high:.3f}); "
+                             f"parameters {side['parameters']:,} / "
+                             f"{sides[other]['parameters']:,}")
+    return "\n".join(lines)
+
+
+def size_name(options: dict) -> str:
+    """What stands in the table."""
+    return "tiny" if options["setting"] == "tiny" else options["size"]
 
 
 def speed_rows(record: dict) -> list[str]:
     """Rows of the table: one per side of one measurement."""
     sides, options, rows = record["sides"], record["options"], []
-    kinds = ("update", "act_1", "act_16")
-    best = {key: min((s[key] for n, s in sides.items() if not n.startswith("ours")), default=None,
-                     key=statistics.median) for key in kinds}
     for name, side in sides.items():
-        seconds, precision = statistics.median(side["update"]), name.split()[1]
-        same = [other["flops"] for key, other in sides.items()
-                if key.split()[0] == name.split()[0] and "flops" in other]
-        flops = side.get("flops") or max(same, default=math.nan)
-        acting = [f"{1e3 * statistics.median(side[key]):.1f}" for key in ("act_1", "act_16")]
+        seconds = statistics.median(side["update"])
         compiling = side["first_update"] - seconds if "compiled" in name else 0
-        is_ours = name.startswith("ours")
-        ratios = [f"{ratio(side[key], best[key]):.2f}" if best[key] and is_ours else ""
-                  for key in kinds]
-        plain = sides.get(f"{options['peer']} float32")  # the peer's default
-        of_plain = f"{ratio(side['update'], plain['update']):.2f}" if plain and is_ours else ""
-        size = options["size"] if options["setting"] == "size" else options["setting"]
-        rows.append(" | ".join([
-            "", size, str(options["threads"] or "all"),
-            name + (f" ({compiling:.0f} s)" if compiling else ""),
-            f"{seconds:.3g}", ratios[0], of_plain, " / ".join(acting),
-            " / ".join(filter(None, ratios[1:])),
-            f"{side['peak_memory'] / 1e9:.1f} GB", f"{side['parameters'] / 1e6:.2f} M",
-            *(["", ""] if math.isnan(flops) else  # of compiled networks torch counts none
-              [f"{flops / 1e9:.0f}", f"{flops / seconds / record['matmul'][precision]:.0%}"]), ""
-        ]).strip())
+        peer = next((other for key, other in sides.items() if options["peer"]
+                     and key.split()[:2] == [options["peer"], name.split()[1]]), None)
+        share = ratios(side["update"], peer["update"])[1] if peer and peer is not side else None
+        cells = [options["script"], size_name(options), options["threads"] or "all",
+                 name + (f" ({compiling:.0f} s)" if compiling else ""), f"{seconds:.3g}",
+                 "" if share is None else f"{share:.2f}", f"{side['peak_memory'] / 1e9:.1f} GB"]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
     return rows
 
 
-def environment_rates(rows: list[dict]) -> list[str]:
-    """One text per environment and way of acting."""
-    rates = {}
-    for row in rows:
-        kind = f"{row['env_id']} {'with the agent' if row['acting'] else 'at random'}"
-        rates.setdefault(kind, []).append(f"{row['per_second']:.0f}")
-    return [f"{kind} {', '.join(values)}" for kind, values in rates.items()]
-
-
 def remark(record: dict) -> str:
-    """Commit and note of one measurement."""
-    note = record["options"].get("note")
-    return f" ({record['commit'][:9]}{record['commit'][40:]}{'; ' if note else ''}{note or ''})"
+    """What was measured, on which commit, and its note."""
+    options, commit = record["options"], record["commit"]
+    what = [options["script"], size_name(options) if "size" in options else "",
+            f"{options['threads']} threads" if options.get("threads") else "",
+            "compiled" * options.get("compile", False)]
+    note = f"; {options['note']}" if options.get("note") else ""
+    return f"{' '.join(filter(None, what))} ({commit[:9]}{commit[40:]}{note})"
 
 
-def table() -> str:
-    """Markdown of the latest result of every kind of measurement."""
+def latest_records() -> list[dict]:
+    """Of every kind of measurement on every machine the latest, sorted; without those of --old."""
     latest = {}
     records = [json.loads(path.read_text()) for path in HERE.glob("results/*.json")]
     for record in sorted((r for r in records if "kind" in r), key=lambda r: r["date"]):
-        options, where = record["options"], record["machine"]
-        chosen = [options.get(key) for key in ("setting", "size", "threads", "compile")]
-        place = where["gpu"] or f"{where['cpu']}{', avx512_bf16' * where['avx512_bf16']}"
-        latest[(record["kind"], place, *chosen)] = record
-    parts = []
-    for place in dict.fromkeys(key[1] for key in latest):
-        speeds = sorted((r for k, r in latest.items() if k[0] == "speed" and k[1] == place),
-                        key=lambda r: [r["options"][key] for key in ("compile", "setting")])
-        wholes = [r for k, r in latest.items() if k[0] == "whole_run" and k[1] == place]
-        ranks = [r for k, r in latest.items() if k[0] == "ranks" and k[1] == place]
-        about = (speeds + wholes + ranks)[0]
-        where = about["machine"]
-        parts.append(f"{place}, {where['cores']} cores, torch {where['torch']}, "
-                     f"{about['date'][:10]}")
+        options = record["options"] = {"script": "dreamer_v3"} | record["options"]
+        keys = ("script", "setting", "size", "threads", "compile", "amp")
+        if not options.get("old"):
+            latest[(record["kind"], place(record), *(options.get(k) for k in keys))] = record
+    return [latest[key] for key in sorted(latest, key=str)]
+
+
+def place(record: dict) -> str:
+    """The machine in one line."""
+    where = record["machine"]
+    cpu = f"{where['cpu']}{', avx512_bf16' * where['avx512_bf16']}, {where['cores']} cores"
+    return f"{where['gpu'] or cpu}, torch {where['torch']}"
+
+
+def table() -> str:
+    """Markdown of the latest results."""
+    parts, records = [], latest_records()
+    head = ["script", "size", "threads", "side", "s / update", "share of the peer", "peak memory"]
+    for where in dict.fromkeys(place(record) for record in records):
+        here = [record for record in records if place(record) == where]
+        speeds = [record for record in here if record["kind"] == "speed"]
+        parts.append(f"{where}, {max(record['date'] for record in here)[:10]}")
         if speeds:
-            rates = {dtype: max(record["matmul"][dtype] for record in speeds)
-                     for dtype in speeds[-1]["matmul"]}
-            parts[-1] += "; matrix product " + ", ".join(
-                f"{rate / 1e9:.3g} GFLOP/s in {dtype}" for dtype, rate in rates.items())
-            head = ["size", "threads", "side", "s / update", "share of the peer's fastest",
-                    "share of the peer's float32", "acting, ms (1 / 16 rows)",
-                    "share of the peer's fastest", "peak memory", "parameters", "GFLOP / update",
-                    "of the matmul rate"]
             lines = [row for record in speeds for row in speed_rows(record)]
             parts.append("\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]))
-            parts.append("Batches of 16 x 64. Size tiny is deter 64, 8 x 8 latents, depth 4, one "
-                         "layer of 64. Measured on: " + ", ".join(
-                f"{speed_rows(record)[0].split(' |')[0][2:]}, threads: "
-                f"{record['options']['threads']}{', compiled' * record['options']['compile']}"
-                f"{remark(record)}"
-                for record in speeds))
-        for record in speeds:
-            for name, side in record["sides"].items():
-                for axis, row in side.get("scaling", {}).items():
-                    times = ", ".join(f"{n}: {seconds:.3g}" for n, seconds in row.items())
-                    parts.append(f"Seconds per update over batch {axis}, {name}: {times}")
-                if "envs" in side:
-                    parts.append("Environment steps per second of 1, 2 and 4 environments (one "
-                                 "runs in our process, several in processes of their own): "
-                                 + "; ".join(environment_rates(side["envs"])))
-        for record in wholes:
-            parts.append(f"Whole run of the posts, {record['options']['steps']:,} of 16,384 steps, "
-                         f"threads: {record['options']['threads']}: " + ", ".join(
-                f"{name} {seconds:.0f} s" for name, seconds in record["seconds"].items())
-                         + remark(record))
-        for record in ranks:
-            times = " and ".join(f"{statistics.median(s):.3g}" for s in record["seconds"].values())
-            parts.append(f"One and two processes ({record['options']['size']}, one thread each, "
-                         f"the same whole batch): {times} s per update, "
-                         f"{record['speedup']:.2f} times as fast (median over paired rounds)"
-                         + remark(record))
-    if not any(record["machine"]["gpu"] for record in latest.values()):
+            parts.append("Measured on: " + ", ".join(map(remark, speeds)) + ".")
+        parts += [other_line(record) for record in here if record["kind"] != "speed"]
+    if not any(record["machine"]["gpu"] for record in records):
         parts.append("CUDA: not measured.")
     return "\n\n".join(parts)
+
+
+def other_line(record: dict) -> str:
+    """A result of whole_run.py or of ranks.py in one line."""
+    options, seconds = record["options"], record["seconds"]
+    if record["kind"] == "whole_run":
+        times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+        return f"Whole run of the posts, {options['steps']:,} of 16,384 steps: {times}. " \
+               f"{remark(record)}"
+    times = " and ".join(f"{statistics.median(values):.3g}" for values in seconds.values())
+    return (f"One and two processes (one thread each, the same whole batch): {times} s per update, "
+            f"{record['speedup']:.2f} times as fast (median over paired rounds). {remark(record)}")
+
+
+def write_between(marks: tuple[str, str], text: str) -> None:
+    """Replace what stands between the marks in the README."""
+    readme = HERE.parent / "README.md"
+    before, rest = readme.read_text().split(marks[0])
+    readme.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.split(marks[1])[1]}")
 
 
 def main() -> None:
     """Measure, or make the table."""
     options = tyro.cli(Options, description=__doc__)
     if options.table:
-        text = table()
-        print(text)
+        print(table())
         if options.write:
-            readme = HERE.parent / "README.md"
-            before, rest = readme.read_text().split(MARKS[0])
-            after = rest.split(MARKS[1])[1]
-            readme.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+            write_between(MARKS, table())
     elif options.profile:
         side = list(start_sides(options).values())[-1]
         side.ask("batch", length=options.batch_length, rows=options.batch_size)
@@ -353,8 +412,10 @@ def main() -> None:
         print(side.ask("profile", rows=20)["table"])
     else:
         record = start_record("speed", options)
+        if options.old:
+            record["old_blob"] = git("hash-object", str(Path(options.old).resolve()))
         record |= measure(options)
-        print("\n".join(speed_rows(record)), save(record), sep="\n")
+        print(summary(record), save(record), sep="\n")
 
 
 if __name__ == "__main__":

@@ -93,14 +93,9 @@ def max_over_ranks(value: int) -> int:
     """The largest `value` of all processes."""
     if not dist.is_initialized():
         return value
-    shared = torch.tensor(value)  # on the CPU: an update may be running on the GPU
+    shared = torch.tensor(int(value))  # on the CPU: an update may be running on the GPU
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set in any process."""
-    return bool(max_over_ranks(int(flag)))
 
 
 def gather_ranks(x: Tensor) -> Tensor:
@@ -110,6 +105,19 @@ def gather_ranks(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
     return torch.cat(parts)
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of `x` over all processes, with the gradient of this one's share of it.
+
+    For what is not linear in the mean, such as a limit that the mean of the whole batch must pass.
+    """
+    mean = x.mean()
+    if not dist.is_initialized():
+        return mean
+    whole = mean.detach().clone()
+    dist.all_reduce(whole)
+    return mean + (whole / dist.get_world_size() - mean.detach())
 
 
 def average_over_ranks(grads: tuple[Tensor, ...]) -> None:
@@ -149,7 +157,8 @@ class Feeder:
 
     def ready(self) -> bool:
         """Whether a whole window can be sampled on every rank; asks all ranks until it is so."""
-        self.is_ready = self.is_ready or not any_rank(not self.replay.windows(self.shape[1]))
+        if not self.is_ready:
+            self.is_ready = max_over_ranks(not self.replay.windows(self.shape[1])) == 0
         return self.is_ready
 
     def next(self):

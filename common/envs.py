@@ -124,13 +124,12 @@ def _make(config: EnvConfig) -> gym.Env:
                        f"sticky is a probability: {config}")
     if os.getcwd() not in sys.path:  # for `module:Id-v0`: the module is where the user stands
         sys.path.append(os.getcwd())
-    _import_package(config.env_id)
-    # No limit in environment steps if there is one of ours, which counts agent steps.
-    kwargs = {"max_episode_steps": -1} if config.max_episode_steps else {}
+    kwargs = {"max_episode_steps": -1} if config.max_episode_steps else {}  # ours: agent steps
     if config.render or config.pixels:
         kwargs["render_mode"] = "rgb_array"
         if not any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))) and sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's own choice needs a display
+    _import_package(config.env_id)
     if is_atari(config.env_id):
         env = _make_atari(config, kwargs)
     else:
@@ -138,6 +137,7 @@ def _make(config: EnvConfig) -> gym.Env:
         if config.action_repeat > 1:
             env = gym.wrappers.RepeatAction(env, config.action_repeat)
         if config.pixels:
+            env.reset(seed=0)  # or the next line's reset and MuJoCo's camera would be random
             env = gym.wrappers.AddRenderObservation(env, render_only=True)
     if config.max_episode_steps:
         env = gym.wrappers.TimeLimit(env, config.max_episode_steps)

@@ -1,6 +1,5 @@
 """A run directory: its name, its owner, args.json and checkpoint.pt."""
 
-import itertools
 import json
 import time
 from contextlib import suppress
@@ -22,14 +21,15 @@ MODES = ("resume", "evaluate", "dream")  # flags of `Args` that name a run direc
 
 def create_run_dir(root: Path | str, env_id: str, exp_name: str, seed: int) -> Path:
     """Make <root>/<env-id>__<exp-name>__<seed>__<time>, never one that is already there."""
-    label = f"{env_id}__{exp_name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    name = label.replace("/", "_").replace(":", "_")
+    label = f"{env_id}__{exp_name}__{seed}__".replace("/", "_").replace(":", "_")
     with explain_write(root):
         Path(root).mkdir(parents=True, exist_ok=True)
-        for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(1))):
-            with suppress(FileExistsError):  # another run started in this second
-                (Path(root) / (name + suffix)).mkdir()
-                return Path(root) / (name + suffix)
+        while True:
+            path = Path(root) / (label + time.strftime("%Y%m%d-%H%M%S"))
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
+            time.sleep(0.1)  # another run started in this second
 
 
 def own_run_dir(run_dir: Path):

@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections import deque
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -52,8 +52,8 @@ class Run:
     """What surrounds the main loop of a new run, or of the rest of the one in `run_dir`.
 
     With several processes only rank 0 makes files, except for the replay; all ranks begin, save and
-    leave together. As a context manager it saves at the end, and on an EnvError, for nothing
-    learnt is lost then; on any other error the last checkpoint stays as it is.
+    leave together. As a context manager it saves at the end, and also after an EnvError, which does
+    no harm to the agent; after any other error the last checkpoint stays as it is.
     """
 
     def __init__(self, script: str, args, run_dir: Path | None):
@@ -61,7 +61,8 @@ class Run:
         self.script, self.args, self.dir, self.is_new = script, args, run_dir, run_dir is None
         accelerator = prepare_torch(args.cuda, args.threads)
         self.rank, self.world, local_rank = setup_distributed(accelerator)
-        self.device = torch.device(accelerator, *[local_rank] * (accelerator == "cuda"))
+        is_cuda = accelerator == "cuda"
+        self.device = torch.device("cuda", local_rank) if is_cuda else torch.device("cpu")
         if args.batch_size % self.world:
             raise UserError(f"--batch-size {args.batch_size} does not divide among {self.world} "
                             "processes.")
@@ -124,6 +125,7 @@ class Run:
         """
         args, is_first = self.args, self.rank == 0
         self.envs, self.agent, self.feeder, self.open_loop = envs, agent, feeder, open_loop
+        self.exit.enter_context(self.lock or nullcontext())
         self.exit.enter_context(self.stop)
         self.exit.callback(envs.close)
         self.episodes, self.returns = 0, deque(maxlen=10)
@@ -162,9 +164,8 @@ class Run:
         if not planned:
             print("no update will be made: raise --total-timesteps, or lower --learning-starts")
         elif agent.device.type == "cpu" and millions > 4:
-            print(f"no GPU: {planned:,} updates of seconds each are ahead, for days; comfortable "
-                  "on a laptop: --size XXS --train-ratio 64, or a vector environment such as "
-                  "CartPole-v1")
+            print(f"no GPU: {planned:,} updates of so large a network take long; comfortable on "
+                  "a laptop: --size XXS --train-ratio 64, or an environment such as CartPole-v1")
 
     def stopping(self) -> bool:
         """Whether to leave the main loop; the ranks also agree on a checkpoint here."""
@@ -256,7 +257,8 @@ class Run:
 
     def __exit__(self, kind, error, trace) -> None:
         with self.exit:  # at its end the log, the environments and all the rest are closed
-            broken = error if isinstance(error, EnvError) and self.step else None
+            has_begun = self.step > 0 or self.world > 1
+            broken = isinstance(error, EnvError) and has_begun
             is_saved = self.started and (error is None or broken)
             if is_saved:
                 if broken and self.step < self.args.total_timesteps:
@@ -268,15 +270,14 @@ class Run:
         hint = f"go on with: python {self.script}.py --resume {self.dir}"
         if not is_saved:
             self.remove_if_nothing(error)
-        elif failed := broken or self.error:
+        elif failed := error or self.error:
             raise UserError(f"{failed}; the state is saved; {hint}") from failed
         elif self.rank == 0:
             self.take_leave(hint)
 
     def remove_if_nothing(self, error) -> None:
         """A new run that could not begin leaves nothing behind."""
-        is_alone = self.world == 1 and isinstance(error, EnvError)  # in the very first reset
-        if self.is_new and self.dir and (not self.started or is_alone):
+        if self.is_new and self.dir and (not self.started or isinstance(error, EnvError)):
             shutil.rmtree(self.dir, ignore_errors=True)
 
     def take_leave(self, hint: str) -> None:

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import types
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from gymnasium.vector.async_vector_env import _async_worker
 
-from common.envs import HEADLESS, EnvConfig, EnvError, env_spec, explain, make_env
+from common.envs import HEADLESS, PACKAGES, EnvConfig, EnvError, env_spec, explain, make_env
 
 START_SECONDS = 120.0  # to import and build, on top of `timeout`: slow on a busy machine
 
@@ -69,9 +70,12 @@ class Envs:
         self.restarts = np.zeros(num_envs, int)  # how often each environment had to be rebuilt
         self._steps, self._is_last = 0, None
         self._return, self._length = np.zeros(num_envs), np.zeros(num_envs, int)
+        # What the main script registered is sent to the processes, which do not import that script.
+        registered = gym.registry.get(config.env_id)
+        if config.env_id.startswith(tuple(PACKAGES)):
+            registered = None  # they import the package themselves
         makers = [partial(SturdyEnv, config, env.observation_space, env.action_space, (seed, index),
-                          fixed_seed, max_restarts, gym.registry.get(config.env_id))
-                  for index in range(num_envs)]
+                          fixed_seed, max_restarts, registered) for index in range(num_envs)]
         if num_envs == 1:
             self._vector = SyncVectorEnv([partial(makers[0], env=env)], copy=False)
         else:
@@ -84,7 +88,7 @@ class Envs:
         with self._answering():
             observation, infos = self._vector.reset()
         if self._is_last is None and 0 < observation.get("image", np.zeros(1)).max() < 16:
-            print(f"{self.config.env_id}: the brightest pixel of the first picture is "
+            print(f"note: the brightest pixel of the first picture of {self.config.env_id} is "
                   f"{observation['image'].max()} of 255; if these are codes, not colours, turn "
                   "`pixels` on", file=sys.stderr, flush=True)
         no = np.zeros(self.num_envs, bool)
@@ -124,9 +128,10 @@ class Envs:
             for pipe in self._vector.parent_pipes:
                 with contextlib.suppress(OSError):  # its process is dead
                     pipe.send(("close", None))
+            deadline = time.monotonic() + 2
             for process in self._vector.processes:
-                process.join(2)
-                process.kill()  # it hangs, or it has left
+                process.join(max(0, deadline - time.monotonic()))
+                process.kill()  # it hangs, or it has left anyway
                 process.join()
 
     def _row(self, observation, infos, reward, is_first, terminated, truncated) -> EnvStep:
@@ -186,7 +191,7 @@ class SturdyEnv(gym.Env):
     entropy: tuple[int, int]  # of its seeds: the seed of all, and which one this is
     fixed_seed: int | None
     max_restarts: int
-    registered: gym.envs.registration.EnvSpec | None  # by an import in the main script
+    registered: gym.envs.registration.EnvSpec | None  # what the id means, if not known anyway
     env: gym.Env | None = None  # None: built by the next reset
     is_new = True
     restarts, last = 0, None
@@ -233,6 +238,8 @@ class SturdyEnv(gym.Env):
             if self.registered:
                 gym.registry.setdefault(self.registered.id, self.registered)
             self.env, self.is_new = make_env(self.config), True
+            if self.env.observation_space != self.observation_space:
+                raise EnvError(f"{self.config.env_id} has another observation space when rebuilt")
         seed = self.fixed_seed
         if self.is_new and seed is None:
             # Rebuilt with the same seed, it would run into the same failure, so that number counts.

@@ -107,7 +107,7 @@ def curves(vectors: np.ndarray, size: int = 192) -> np.ndarray:
 
 
 def as_frames(series: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Videos as they are; of vector series (T, V), of which the first is the truth, their curves."""
+    """Videos as they are; vector series (T, V), the first of which is the truth, as curves."""
     if all(one.ndim == 4 for one in series.values()):
         return series
     return dict(zip(series, curves(np.stack(list(series.values())))))

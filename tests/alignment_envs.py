@@ -1,7 +1,7 @@
 """An environment whose every observation says when it is and which action led to it.
 
-Id: `tests.alignment_envs:Recall-v0`, RecallTruncated-v0 (never terminates), RecallBox-v0 (continuous),
-and some with a space that is not supported.
+Id: `tests.alignment_envs:Recall-v0`, RecallTruncated-v0 (never terminates), RecallBox-v0
+(continuous), and some with a space that is not supported.
 """
 
 import gymnasium as gym
@@ -19,8 +19,9 @@ class Recall(gym.Env):
 
     def __init__(self, continuous=False, terminates=True, render_mode=None):
         self.continuous, self.terminates = continuous, terminates
-        self.action_space = spaces.Box(-1, 1, (2,), np.float32) if continuous else spaces.Discrete(3)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (5 if continuous else 4,), np.float32)
+        size = 5 if continuous else 4
+        self.observation_space = spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (2,)) if continuous else spaces.Discrete(3)
         self.episode = -1
 
     def vector(self, reward: float, action) -> np.ndarray:
@@ -34,13 +35,14 @@ class Recall(gym.Env):
     def step(self, action):
         assert self.action_space.contains(action), action
         self.now += 1
-        reward, ends = 100.0 * self.episode + self.now, self.now == LENGTHS[self.episode % len(LENGTHS)]
+        reward = 100.0 * self.episode + self.now
+        ends = self.now == LENGTHS[self.episode % len(LENGTHS)]
         observation = self.vector(reward, action if self.continuous else [action])
         return observation, reward, ends and self.terminates, ends and not self.terminates, {}
 
 
 class Unsupported(Recall):
-    """An Recall with another action or observation space, which no Dreamer here can use."""
+    """A Recall with another action or observation space, which no Dreamer here can use."""
 
     def __init__(self, render_mode=None, **spaces_):
         super().__init__()
@@ -51,5 +53,6 @@ for name, kwargs in {"MultiDiscrete": {"action_space": spaces.MultiDiscrete([2, 
                      "Unbounded": {"action_space": spaces.Box(-np.inf, np.inf, (1,))},
                      "TextObs": {"observation_space": spaces.Text(3)}}.items():
     gym.register(f"{name}-v0", entry_point=f"{__name__}:Unsupported", kwargs=kwargs)
-for name, kwargs in {"Recall": {}, "RecallTruncated": {"terminates": False}, "RecallBox": {"continuous": True}}.items():
+for name, kwargs in {"Recall": {}, "RecallTruncated": {"terminates": False},
+                     "RecallBox": {"continuous": True}}.items():
     gym.register(f"{name}-v0", entry_point=f"{__name__}:Recall", kwargs=kwargs)

@@ -49,13 +49,14 @@ class Runner:
     def __init__(self, folder: Path):
         self.folder, self.number = folder, 0
         command = [sys.executable, str(ROOT / "tests" / "forkserver.py")]
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       text=True)
 
     def start(self, script: str, *argv, cwd: Path, file_limit: int = 0) -> "Running":
         self.number += 1
         out, err = (self.folder / f"{self.number}.{name}" for name in ("out", "err"))
-        request = {"script": str(ROOT / f"{script}.py"), "argv": [str(a) for a in argv], "out": str(out),
-                   "cwd": str(cwd), "err": str(err), "file_limit": file_limit}
+        request = {"script": str(ROOT / f"{script}.py"), "argv": [str(a) for a in argv],
+                   "cwd": str(cwd), "out": str(out), "err": str(err), "file_limit": file_limit}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return Running(int(self.server.stdout.readline()), self.server, out, err)
@@ -81,7 +82,7 @@ class Running:
         os.kill(self.pid, number)
 
     def wait(self, seconds: float = 60.0) -> Finished:
-        watchdog = threading.Timer(seconds, self.kill, [signal.SIGKILL])  # a hang is a failure, not a wait
+        watchdog = threading.Timer(seconds, self.kill, [signal.SIGKILL])  # a hang is a failure
         watchdog.start()
         code = int(self.server.stdout.readline())
         watchdog.cancel()

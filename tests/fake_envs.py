@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+TWO = spaces.Discrete(2)
 LENGTH = 5  # steps per episode, unless told otherwise
 
 
@@ -123,7 +124,7 @@ class CodesEnv(CountingEnv):
 class EchoEnv(gym.Env):
     """The observation is the last action as the environment received it, flat; 0 at reset."""
 
-    def __init__(self, action_space=spaces.Discrete(2), render_mode=None):
+    def __init__(self, action_space=TWO, render_mode=None):
         self.action_space = action_space
         size = int(np.prod(action_space.shape))
         self.observation_space = spaces.Box(-np.inf, np.inf, (size,), np.float32)
@@ -140,7 +141,7 @@ class EchoEnv(gym.Env):
 class SampleEnv(gym.Env):
     """Any observation space: each observation is a sample of it, kept in `given`."""
 
-    def __init__(self, observation_space, action_space=spaces.Discrete(2)):
+    def __init__(self, observation_space, action_space=TWO):
         self.observation_space, self.action_space = observation_space, action_space
 
     def reset(self, *, seed=None, options=None):

@@ -37,7 +37,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -76,11 +75,9 @@ class Fixture:
         return self.arrays[key]
 
     def tensor(self, key: str) -> Tensor:
-        """One array as a tensor of its own."""
         return torch.from_numpy(np.array(self[key]))
 
     def leaf(self, key: str) -> Tensor:
-        """One array as a tensor to take gradients for."""
         return self.tensor(key).requires_grad_()
 
     def under(self, prefix: str) -> list[str]:
@@ -119,7 +116,6 @@ class Report:
         self.say(f"{name:<76} {why} FAIL")
 
     def check(self, name: str, ours, expected, kind: str = "forward", scale=None) -> None:
-        """Compare one tensor."""
         try:
             self.line(name, self.error(ours, expected, kind, scale), kind)
         except Mismatch as why:
@@ -160,7 +156,6 @@ class Report:
         return float(relative.max())
 
     def say(self, text: str) -> None:
-        """Print, unless told not to."""
         if not self.quiet:
             print(text)
 
@@ -273,7 +268,6 @@ def check_steps(report: Report, fixture: Fixture, prefix: str, make_optimizer) -
 
 
 def batch_major(x: Tensor) -> Tensor:
-    """(T, B, ...) -> (B, T, ...)."""
     return x.transpose(0, 1)
 
 
@@ -314,15 +308,12 @@ class Twin:
         self.load_weights()
 
     def make_args(self):
-        """Our flags; sizes that differ between networks are in `sized`."""
         raise NotImplementedError
 
     def sized(self, network: str):
-        """Flags for one network."""
         return self.args
 
     def observations(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every observation, in their order."""
         others = ("action", "reward", "discount", "is_first", "is_last", "is_terminal")
         return {key: self.fixture.arrays["batch1/" + key].shape[2:]
                 for key in self.fixture.under("batch1/") if key not in others}
@@ -434,7 +425,6 @@ class Twin:
         return self.script.Batch(image, vector, action, get("reward"), *self.flags(get))
 
     def flags(self, get) -> tuple[Tensor, Tensor]:
-        """is_first and is_terminal."""
         return get("is_first"), get("is_terminal")
 
     def seen(self, batch, t: int):
@@ -444,7 +434,7 @@ class Twin:
         return self.script.EnvStep(image, vector, zeros, first, zeros > 0, zeros > 0, zeros, zeros)
 
     # -------------------------------------------------------------------------------------------- running
-    def acted(self, steps: int, then=lambda state, obs: state) -> Iterator[tuple[int, object, object, object]]:
+    def acted(self, steps: int, then=lambda state, obs: state) -> Iterator[tuple]:
         """Act on the observations of batch 1, `then` explore: time, state before and after, posterior."""
         batch, state, log = self.batch(1), self.agent.zero_state(self.rows), {}
         for t in range(steps):
@@ -499,11 +489,9 @@ class Twin:
                 self.check_update(n)
 
     def check_acting(self) -> None:
-        """Online acting on the observations of batch 1, with the initial weights."""
         raise NotImplementedError
 
     def check_update(self, n: int) -> None:
-        """One call of `train_step`: everything in and after it."""
         raise NotImplementedError
 
     def compare(self, key: str, ours, kind: str = "forward", scale=None, steps: slice | None = None) -> None:
@@ -514,7 +502,6 @@ class Twin:
             self.report.check(name, ours, expected, kind, scale)
 
     def compare_all(self, prefix: str, ours: dict[str, Tensor], kind: str = "forward") -> None:
-        """Compare each of `ours`."""
         for name, value in ours.items():
             self.compare(prefix + name, value, kind)
 
@@ -532,7 +519,6 @@ class Twin:
             self.report.check_all(self.fixture, prefix, found, "gradient")
 
     def check_parameters(self, prefix: str) -> None:
-        """All parameters, below `prefix`."""
         if self.fixture.under(prefix):
             params = list(self.agent.parameters())
             self.report.check_all(self.fixture, prefix, self.in_their_layout(params, params), "parameter")
@@ -542,7 +528,6 @@ class Twin:
         return x.unflatten(1, (-1, self.rows)).transpose(1, 2).flatten(1, 2)
 
     def groups(self, flat: Tensor) -> Tensor:
-        """(..., Z) -> (..., S, K)."""
         return flat.unflatten(-1, (self.args.stoch, -1))
 
 

@@ -16,7 +16,6 @@ from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, c
                           recorder, shipped_losses)
 
 IGNORED = {
-    "meta": "settings; those that matter are read",
     "step1/reward_preprocessed": "what is made of it is compared as reward_logprob",
     "kl/elementwise_free_NOT_USED": "not what the authors do",
     "official_quirk/*": "their noise is one vector for a whole batch; ours is drawn for each row",
@@ -29,7 +28,6 @@ RMS = True  # the scale of a gradient is its root mean square
 
 
 def tolerance(fixture: Fixture) -> dict[str, float]:
-    """Largest errors by kind."""
     return {"forward": 1e-5, "gradient": 1e-4, "parameter": 2e-6, "exact": 0.0}
 
 
@@ -55,7 +53,6 @@ class Twin(parity.Twin):
     ]
 
     def make_args(self) -> d1.Args:
-        """Our flags."""
         c = self.config
         if c["action_dist"] != ("onehot" if self.spec.discrete else "tanh_normal"):
             raise Mismatch(f"action_dist {c['action_dist']}; ours follows from the kind of actions")
@@ -108,10 +105,13 @@ class Twin(parity.Twin):
             self.compare_all(f"policy/obs{t + 1}_latent/", {
                 "deter": state.deter, "stoch": state.stoch, "mean": latent.mean, "std": latent.std})
 
+    def carry(self, n: int) -> d1.State:
+        """Every window starts from zeros, and from the action that led to its first observation."""
+        state = self.agent.zero_state(self.rows)
+        return state._replace(action=self.fixture.tensor(f"batch{n}/action")[:, 0])
+
     def check_update(self, n: int) -> None:
-        """One call of `train_step`: everything in and after it."""
-        batch, action = self.batch(n), batch_major(self.fixture.tensor(f"batch{n}/action"))
-        carry = self.agent.zero_state(self.rows)._replace(action=action[0])
+        batch, carry = self.batch(n), self.carry(n)
         with torch.no_grad():
             before = self.probe(batch, carry)
         call = self.recorded(batch, carry, {"world_model_loss": self.scaled_model,
@@ -128,10 +128,10 @@ class Twin(parity.Twin):
         """What the world model computes on the way to its losses, asked of its modules: their names."""
         model = self.agent.world_model
         embed, deter, stoch, post, prior, feat = self.posterior(batch, carry)
-        found = {"embed": embed, "feat": torch.cat([stoch, deter], -1), "reward_mean": model.reward(feat).mean(),
-                 "kl": post.kl(prior), "post/mean": post.mean, "post/std": post.std, "prior/mean": prior.mean,
-                 "prior/std": prior.std, "prior/deter": deter, "prior/stoch": prior.sample(),
-                 "image_mean": model.decoder.image(feat)}
+        found = {"embed": embed, "feat": torch.cat([stoch, deter], -1), "kl": post.kl(prior),
+                 "reward_mean": model.reward(feat).mean(), "post/mean": post.mean, "post/std": post.std,
+                 "prior/mean": prior.mean, "prior/std": prior.std, "prior/deter": deter,
+                 "prior/stoch": prior.sample(), "image_mean": model.decoder.image(feat)}
         if self.args.pcont:
             found["pcont_logit"] = model.cont(feat).logit
             found["pcont_target"] = self.args.gamma * (~batch.is_terminal).float()
@@ -142,7 +142,8 @@ class Twin(parity.Twin):
         """Posterior, prior, heads, and every loss term."""
         prefix, args, image, call = f"step{n}/", self.args, before.pop("image_mean"), call.world_model_loss
         losses, deter, stoch, _ = call.result
-        self.compare_all(prefix, before | {"post/deter": batch_major(deter), "post/stoch": batch_major(stoch)})
+        self.compare_all(prefix, before)
+        self.compare_all(prefix + "post/", {"deter": batch_major(deter), "stoch": batch_major(stoch)})
         self.compare_image(prefix, image)
         for name, theirs, scale in (("image", "image", 1.0), ("reward", "reward", 1.0),
                                     ("cont", "pcont", args.pcont_scale)):
@@ -173,7 +174,8 @@ class Twin(parity.Twin):
     @torch.no_grad()
     def check_behaviour(self, n, call) -> None:
         """Imagination, returns, both losses."""
-        order, prefix, returns, critic = self.start_order, f"step{n}/imag/", call.lambda_return, call.critic_loss
+        order, prefix = self.start_order, f"step{n}/imag/"
+        returns, critic = call.lambda_return, call.critic_loss
         self.compare_all(prefix, {name: order(x) for name, x in (call.imagine.found | {
             "returns": returns.result, "discount": critic.weight, "target": critic.ret,
             "value_logprob": critic.value_dist.log_prob(critic.ret)}).items()})
@@ -196,7 +198,6 @@ def check_math(report: Report, fixture: Fixture) -> None:
 
 
 def flags(**given) -> d1.Args:
-    """Flags of a continuous agent."""
     return d1.Args(**({"size": "XXS", "pcont": False, "amp": "off"} | given))
 
 

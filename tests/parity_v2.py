@@ -3,11 +3,12 @@
 Their batches hold the action that led to each observation, and their features are [stoch, deter].
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import dreamer_v2 as d2
@@ -17,7 +18,6 @@ from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, c
                           per_step, recorder, shipped_losses)
 
 IGNORED = {
-    "meta": "settings; those that matter are read",
     "batch*/is_last": "the algorithm does not use it",
     "step1/data/*": "inputs; what is made of them is compared as like/*, loss/* and imag/discount",
     "step*/metric/actor_ent_scale": "a setting",
@@ -27,18 +27,17 @@ IGNORED = {
     "kl/combo18/*": "the other direction of the KL (forward True), which no setting of theirs uses",
     "kl/combo19/*": "the same", "kl/combo2[01]/*": "the same",
     "kl/free_median": "stands in kl/combos, too",
-    "pre/reward_sign": "no setting of theirs uses it", "pre/discount_out*": "compared as losses",
+    "pre/reward_sign": "no setting of theirs uses it",
     "weight/*_noterm": "training always knows the recorded flags",
-    "trunc/mean": "the algorithm does not use it", "tanhnormal/*": "a policy that none of their settings uses",
+    "trunc/mean": "the algorithm does not use it",
+    "tanhnormal/*": "a policy that none of their settings uses",
     "streamnorm*": "switched off in every setting of theirs", "schedule/*": "every setting is constant",
     "noise/*": "their exploration noise is 0",
 }
-
 RMS = False  # the scale of a gradient is its maximum
 
 
 def tolerance(fixture: Fixture) -> dict[str, float]:
-    """Largest errors by kind."""
     layer_norm = fixture.meta.get("config", {}).get("rssm.norm") == "layer"
     return {"forward": 1e-5, "gradient": 1e-4, "parameter": 5e-6 if layer_norm else 2e-6, "exact": 0.0}
 
@@ -59,47 +58,36 @@ class Twin(parity.Twin):
     swapped = (r"^(decoder/(convin|dense0)|(reward|discount|actor|critic|target_critic)/dense0"
                r"|rssm/gru/dense)/kernel$")
     vector_out = r"^decoder/dense_(.*)/out/"
+    rename = [
+        (r"^target_critic/", "slow_critic/head/"), (r"^critic/", "critic/head/"),
+        (r"^actor/out/std/", "actor/std/"), (r"^actor/(?!std)", "actor/head/"),
+        (r"^(encoder|decoder|rssm|reward|discount)/", r"world_model/\1/"),
+        (r"/discount/", "/cont_head/"), (r"/reward/", "/reward_head/"), (r"/convin/", "/cnn_in/"),
+        (r"/conv(\d+)/", lambda m: f"/cnn/{2 * int(m[1])}/"),
+        (r"/convnorm(\d+)/", lambda m: f"/cnn/{2 * int(m[1]) + 1}/0/"),
+        (r"/decoder/dense_.*/out/", "/decoder/vector_head/out/"),
+        (r"/decoder/(dense|densenorm)(\d+)/", r"/decoder/vector_head/\1\2/"),
+        (r"/gru/dense/", "/gru/linear/"), (r"/(img|obs)_dist(_0)?/", r"/\1_stats/"),
+        (r"/(img_in|obs_out)_norm/", r"/\1/norm/"), (r"/img_out_norm_0/", "/img_out/norm/"),
+        (r"/img_out_0/", "/img_out/"), (r"/(dense)?norm(\d+)/", r"/mlp/\2/norm/"),
+        (r"/dense(\d+)/", r"/mlp/\1/"), (r"/out/out/", "/out/"), (r"/(kernel|gamma)$", "/weight"),
+        (r"/beta$", "/bias"), (r"/", "."),
+    ]
     sized_classes = {"Encoder": "encoder", "Decoder": "decoder", "Actor": "actor", "Critic": "critic"}
     sized_heads = {"reward_head": "reward_head", "cont_head": "discount_head"}
 
-    @property
-    def layer_norm(self) -> bool:
-        """Whether every network has layer norms; theirs could choose for each."""
-        norms = {value for key, value in self.config.items()
-                 if key.endswith(".norm") and not key.startswith("expl_")}
+    def sized_networks(self) -> list[tuple[object, str, object]]:
+        """With layer norms, if they have some, which is a setting that our script leaves out."""
+        norms = {value for key, value in self.config.items() if key.endswith(".norm") and "expl" not in key}
         if len(norms) > 1:
-            raise Mismatch(f"norms {norms}; ours have all the same")
-        return norms == {"layer"}
-
-    @property
-    def rename(self) -> list[tuple[str, object]]:
-        """Their name of a parameter -> ours."""
-        step = 3 if self.layer_norm else 2  # modules of one convolution
-        return [
-            (r"^target_critic/", "slow_critic/head/"), (r"^critic/", "critic/head/"),
-            (r"^actor/out/std/", "actor/std/"), (r"^actor/(?!std)", "actor/head/"),
-            (r"^(encoder|decoder|rssm|reward|discount)/", r"world_model/\1/"),
-            (r"/discount/", "/cont_head/"), (r"/reward/", "/reward_head/"),
-            (r"/convin/", "/cnn_in/"), (r"/conv(\d+)/", lambda m: f"/cnn/{step * int(m[1])}/"),
-            (r"/convnorm(\d+)/", lambda m: f"/cnn/{step * int(m[1]) + 1}/"),
-            (r"/decoder/dense_.*/out/", "/decoder/vector_head/out/"),
-            (r"/decoder/(dense|densenorm)(\d+)/", r"/decoder/vector_head/\1\2/"),
-            (r"/gru/dense/", "/gru/linear/"), (r"/img_dist_0/", "/img_stats/"),
-            (r"/obs_dist/", "/obs_stats/"), (r"/img_out_0/", "/img_out/"),
-            (r"/(img_in|obs_out)_norm/", r"/\1/norm/"), (r"/img_out_norm_0/", "/img_out/norm/"),
-            (r"/(dense)?norm(\d+)/", r"/mlp/\2/norm/"), (r"/dense(\d+)/", r"/mlp/\1/"),
-            (r"/out/out/", "/out/"), (r"/(kernel|gamma)$", "/weight"), (r"/beta$", "/bias"), (r"/", "."),
-        ]
+            raise Mismatch(f"norms {norms}; every network of ours has them, or none has")
+        return super().sized_networks() + (layer_norms() if norms == {"layer"} else [])
 
     def make_args(self) -> d2.Args:
-        """Our flags."""
         c = self.config
         pcont, heads = c["pred_discount"], ["decoder", "reward"] + ["discount"] * c["pred_discount"]
         if sorted(c["grad_heads"]) != sorted(heads):
             raise Mismatch(f"grad_heads {c['grad_heads']}; ours are always {heads}")
-        norm = {"layer_norm": True} if self.layer_norm else {}
-        if norm and "layer_norm" not in {field.name for field in fields(d2.Args)}:
-            raise Mismatch("ours has no layer norm")
         return d2.Args(
             size="XXS", amp="off", seed=0, batch_size=self.rows, batch_length=self.length,
             deter=c["rssm.deter"], hidden=c["rssm.hidden"], stoch=c["rssm.stoch"],
@@ -111,10 +99,9 @@ class Twin(parity.Twin):
             actor_min_std=c["actor.min_std"], weight_decay=c["model_opt.wd"],
             slow_every=c["slow_target_update"], slow_fraction=c["slow_target_fraction"],
             **{f"{ours}_{key}": c[f"{ours}_opt.{key}"]
-               for ours in ("model", "actor", "critic") for key in ("lr", "eps", "clip")}, **norm)
+               for ours in ("model", "actor", "critic") for key in ("lr", "eps", "clip")})
 
     def sized(self, network: str) -> d2.Args:
-        """Flags for one network."""
         c, changes = self.config, {}
         for ours, key in (("units", "units"), ("layers", "layers"), ("depth", "cnn_depth")):
             changes[ours] = c.get(f"{network}.{key}")
@@ -148,7 +135,7 @@ class Twin(parity.Twin):
     @torch.no_grad()
     def check_acting(self) -> None:
         """Acting on two observations of batch 1, a carried state, open-loop prediction: initial weights."""
-        batch, model, rssm = self.batch(1), self.agent.world_model, self.agent.world_model.rssm
+        batch, rssm = self.batch(1), self.agent.world_model.rssm
         for t, before, state, latent in self.acted(self.observed()):
             self.compare(f"policy/obs{t + 1}_action", state.action)
             self.compare_all(f"policy/obs{t + 1}_latent/", {
@@ -173,7 +160,6 @@ class Twin(parity.Twin):
         return state._replace(action=self.actions(n)[0])
 
     def check_update(self, n: int) -> None:
-        """One call of `train_step`: everything in and after it."""
         batch, carry = self.batch(n), self.carry(n)
         with torch.no_grad():
             before = self.probe(batch, carry)
@@ -257,7 +243,8 @@ class Twin(parity.Twin):
         self.compare_all(prefix, {name: order(x) for name, x in found.items()})
         self.compare(prefix + "action", order(action), steps=slice(1, None))
         self.compare(prefix + "action", torch.zeros_like(action[:1]), steps=slice(0, 1))
-        for name, x in (("discount", returns.discount), ("weight", critic.weight), ("reward", returns.reward)):
+        shorter = {"discount": returns.discount, "weight": critic.weight, "reward": returns.reward}
+        for name, x in shorter.items():
             self.compare(prefix + name, order(x), steps=slice(0, len(x)))
         self.compare(prefix + "logit", order(model.rssm.prior(deter[1:]).raw), steps=slice(1, None))
         self.compare(prefix + "logit", before["post/logit"].flatten(0, 1)[None], steps=slice(0, 1))
@@ -278,6 +265,29 @@ class Twin(parity.Twin):
         self.compare(f"step{n}/metric/reward_std", reward.std(unbiased=False))
 
 
+class ChannelNorm(d2.Norm):
+    """Layer norm over the channels of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def layer_norms() -> list[tuple[object, str, object]]:
+    """Patches that put a layer norm before every activation while an agent is made."""
+    dense, cnn = d2.Dense.__init__, nn.Sequential.extend
+
+    def init(self, inputs, outputs):
+        dense(self, inputs, outputs)
+        self.norm = d2.Norm(outputs)
+        self.activate = lambda x: F.elu(self.norm(x))
+
+    def extend(self, layers):
+        conv, activation = layers
+        return cnn(self, [conv, nn.Sequential(ChannelNorm(conv.out_channels), activation)])
+
+    return [(d2.Dense, "__init__", init), (nn.Sequential, "extend", extend)]
+
+
 # ---------------------------------------------------------------------------------------- single pieces
 def check_math(report: Report, fixture: Fixture) -> None:
     """Every unit-level quantity of `math.npz` that our code has."""
@@ -291,7 +301,6 @@ def check_math(report: Report, fixture: Fixture) -> None:
 
 
 def flags(**given) -> d2.Args:
-    """Flags of a discrete agent."""
     args = d2.Args(**({"size": "XXS"} | given))
     return replace(args, **{key: x for key, x in d2.TASKS["discrete"].items() if getattr(args, key) is None})
 
@@ -372,8 +381,9 @@ def math_objectives(report: Report, fixture: Fixture, prefix: str) -> None:
     for kind in ("dynamics", "reinforce", "both"):
         mix = d2.Actor(replace(args, actor_grad=kind), spec, width).dynamics
         target, action = fixture.leaf(prefix + "target"), fixture.leaf(prefix + "action")
-        loss, entropy = d2.actor_loss(nets["actor"].policy(nets["actor"](feat[:-2])), action[1:-1], target[1:],
-                                      value[:-2].detach(), weight[:-2], mix, args)
+        policy = nets["actor"].policy(nets["actor"](feat[:-2]))
+        loss, entropy = d2.actor_loss(policy, action[1:-1], target[1:], value[:-2].detach(), weight[:-2], mix,
+                                      args)
         compare(report, fixture, f"{prefix}{kind}/", {"loss": loss, "actor_ent": entropy.mean()},
                 dict(zip(("grad_target", "grad_action"), gradient(loss, target, action))))
         report.check_all(fixture, f"{prefix}{kind}/grad/actor/", gradients(loss, params["actor"]), "gradient")
@@ -395,7 +405,7 @@ def filled(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, nn.Parameter
 
 def gradients(loss: Tensor, params: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Gradients in their layout; linear kernels are (in, out)."""
-    return {key: grad.T for key, grad in zip(params, gradient(loss, *params.values()))}
+    return {key: grad.t() for key, grad in zip(params, gradient(loss, *params.values()))}
 
 
 def math_slow_critic(report: Report, fixture: Fixture, prefix: str) -> None:
@@ -478,7 +488,6 @@ def math_gru(report: Report, fixture: Fixture, prefix: str) -> None:
 
 
 def math_norm(report: Report, fixture: Fixture, prefix: str) -> None:
-    """Layer norm."""
     norm = d2.Norm(fixture[prefix + "x"].shape[-1])
     for ours, theirs in (("weight", "gamma"), ("bias", "beta")):
         if (key := f"{prefix}param/{theirs}") in fixture:

@@ -28,7 +28,6 @@ RMS = False  # the scale of a gradient is its maximum
 
 
 def tolerance(fixture: Fixture) -> dict[str, float]:
-    """Largest errors by kind."""
     return {"forward": 2e-5, "gradient": 1e-4, "parameter": 1e-5, "exact": 0.0}
 
 
@@ -68,11 +67,9 @@ class Twin(parity.Twin):
     sized_heads = {"reward_head": "reward_head", "cont_head": "cont_head"}
 
     def observations(self) -> dict[str, tuple[int, ...]]:
-        """As the fixture says."""
         return {key: tuple(self.fixture.meta["obs"][key][0]) for key in self.fixture.meta["obs_order"]}
 
     def make_args(self) -> d3.Args:
-        """Our flags."""
         c, scales = self.config, self.predictions()
         return d3.Args(
             size="XXS", amp="off", seed=0, image_size=(self.spec.image_shape or (64,))[0],
@@ -101,7 +98,6 @@ class Twin(parity.Twin):
         return {name: scale / self.args.beta_pred for name, scale in self.predictions().items()}
 
     def sized(self, network: str) -> d3.Args:
-        """Flags for one network."""
         own = ("units", "layers", "mlp_units", "mlp_layers", "cnn_depth", "bins", "unimix")
         changes = {name.removeprefix("cnn_"): self.config.get(f"{network}.{name}") for name in own}
         return replace(self.args, **{k: v for k, v in changes.items() if v is not None})
@@ -130,12 +126,10 @@ class Twin(parity.Twin):
         return result
 
     def scaled_actor(self, result, call):
-        """Actor."""
         call.scaled = result[0] * self.config["loss_scales.actor"]
         return call.scaled, result[1]
 
     def scaled_critic(self, result, call):
-        """Critic."""
         call.scaled = result * self.config["loss_scales.critic"]
         return call.scaled
 
@@ -166,7 +160,6 @@ class Twin(parity.Twin):
                 "logit": latent.logits, "log_entropy": policy.entropy()})
 
     def check_update(self, n: int) -> None:
-        """One call of `train_step`: everything in and after it."""
         batch, carry, self.shipped_loss = self.batch(n), self.carry(n), d3.world_model_loss
         with torch.no_grad():
             before = self.probe(batch, carry)

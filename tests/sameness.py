@@ -1,6 +1,7 @@
 """What is the same in the scripts, so that a diff of two of them is the paper's list of changes.
 
-    python -m tests.sameness          how it stands: the table SAME, and the size of the diffs
+    python -m tests.sameness            how it stands: the size of the diffs, and the table SAME
+    python -m tests.sameness --write    and put that table into this file
 
 test_structure.py holds the scripts to it.
 """
@@ -9,19 +10,46 @@ import ast
 import itertools
 import re
 import subprocess
+import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("dreamer_v*.py"))
 NEIGHBOURS = list(itertools.pairwise(SCRIPTS))
-HUNKS, LINES = 60, 700  # of `git diff --no-index -U0`: at most so many, and changed lines each side
+HUNKS, LINES = 60, 700  # of `git diff --no-index -U0`: at most, and changed lines of each
 
 # Versions -> what is byte-identical in them. Of a class that differs: its methods that do not.
-SAME = {}
+SAME = {
+    "12": """
+        Normal OneHot.__init__ Bernoulli init_output Dense Encoder.forward RSSM.initial_state
+        RSSM.action_in WorldModel.reward Critic.forward critic_loss Optimizer.state_dict
+        Optimizer.load_state_dict open_loop main""".split(),
+    "123": """
+        Args.__post_init__ Args.capacity Batch ReplayBuffer to_batch previous_actions draw_classes
+        draw_noise Gaussian.__init__ Gaussian.noise Gaussian.sample Gaussian.mode Gaussian.entropy
+        OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.log_prob Linear Dense.forward
+        SplitDense MLP Head centre Decoder.image Decoder.vector State RSSM.prior RSSM.img_step
+        RSSM.obs_step RSSM.observe WorldModel.cont lambda_return Optimizer.grads Agent.act
+        Agent.zero_state Agent.compile_networks Agent.autocast Agent.optimizers random_actions
+        first_update updates_due""".split(),
+    "23": """
+        Args.stoch_dim Gaussian Latent.kl Actor.forward imagine Agent.train_step train
+        OneHot.log_prob OneHot.entropy Latent.sample Latent.mode Latent.entropy Latent.detach Norm
+        NormGRUCell.forward""".split(),
+}
 
 # Functions of one name whose parameters differ, with the reason.
-OTHER_PARAMETERS = {}
+OTHER_PARAMETERS = {
+    "Latent.__init__": "[V2-1] groups, [V3-3] unimix",
+    "OneHot.__init__": "[V3-3] unimix",
+    "actor_loss": "[V2-4] REINFORCE takes the policy, its actions and a baseline, [V3-5] a scale",
+    "critic_loss": "[V3-6] the slow critic regularises",
+}
+
+# Classes that stand in another place, with the reason.
+OTHER_PLACE = {"Latent": "[V2-1] it was a Gaussian and became a OneHot; each stands behind its base"}
 
 
 @cache
@@ -77,6 +105,12 @@ def parameters(script: str, name: str) -> str:
     return ast.unparse(arguments)
 
 
+def other_parameters(one: str, other: str) -> list[str]:
+    """Functions of both that do not have the same parameters."""
+    return [name for name, node in definitions(one).items() if isinstance(node, ast.FunctionDef)
+            and name in definitions(other) and parameters(one, name) != parameters(other, name)]
+
+
 def banners(script: str) -> list[str]:
     return re.findall(r"^# -+ \d+ .*$", source_of(f"{script}.py"), re.M)
 
@@ -95,20 +129,16 @@ def main() -> None:
         hunks, less, more = diff_size(one, other)
         print(f"{one} -> {other}: {hunks} hunks (limit {HUNKS}), {less} and {more} lines "
               f"(limit {LINES})")
-        differ = [name for name in definitions(one) if name in definitions(other) and hasattr(
-            definitions(one)[name], "args") and parameters(one, name) != parameters(other, name)]
-        print(f"    other parameters: {' '.join(differ)}")
-    print("SAME = {")
-    for versions, names in same_now().items():
-        print(f'    "{versions}": """')
-        line = "       "
-        for name in names:
-            if len(line) + len(name) > 95:
-                print(line)
-                line = "       "
-            line += f" {name}"
-        print(f'{line}""".split(),')
-    print("}")
+        print(f"    other parameters: {' '.join(other_parameters(one, other))}")
+    lines = []
+    for versions, names in sorted(same_now().items()):
+        text = textwrap.fill(" ".join(names), 92, break_on_hyphens=False)
+        lines.append(f'    "{versions}": """\n' + textwrap.indent(text, " " * 8) + '""".split(),\n')
+    table = f"SAME = {{\n{''.join(lines)}}}\n"
+    print(table)
+    if "--write" in sys.argv:
+        path = Path(__file__)
+        path.write_text(re.sub(r"^SAME = {.*?}\n", table, path.read_text(), flags=re.M | re.S))
 
 
 if __name__ == "__main__":

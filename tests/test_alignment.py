@@ -155,7 +155,7 @@ def test_a_limit_of_ours_is_not_a_terminal(module, tmp_path, monkeypatch):
 
 
 def test_a_sequence_does_not_see_what_came_before_its_start(module):
-    """is_first in the middle: state and action of the steps before do not matter, those after do."""
+    """is_first in the middle: state and action of the steps before do not matter."""
     torch.manual_seed(0)
     agent = tiny_agent(module)
     embed, action = torch.randn(5, 1, agent.world_model.encoder.embed_dim), torch.rand(5, 1, 2)
@@ -176,10 +176,48 @@ def test_a_sequence_does_not_see_what_came_before_its_start(module):
     assert not torch.allclose(base[3], states(embed, changed, zero)[3])
 
 
+def test_a_state_depends_on_its_own_episode_up_to_now(module):
+    """Not on other sequences, on the future, or on what came before is_first."""
+    torch.manual_seed(0)
+    agent = tiny_agent(module)
+    batch = tiny_batch(module, agent)
+    batch.vector.requires_grad_()
+    batch.is_first[1:] = torch.tensor([[0, 0, 1], [0, 1, 0], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    with recorded(agent.world_model, "reward") as calls:
+        module.world_model_loss(agent.world_model, batch, agent.zero_state(3), agent.args)
+    reward, start = calls[0].result.mean(), [0] * 3
+    for t, b in np.ndindex(5, 3):
+        start[b] = t if batch.is_first[t, b] else start[b]
+        grad, = torch.autograd.grad(reward[t, b], batch.vector, retain_graph=True)
+        expected = torch.zeros(5, 3, dtype=torch.bool)
+        expected[start[b]:t + 1, b] = True
+        assert torch.equal(grad.any(-1), expected), (t, b)
+
+
+def test_acting_is_replay_one_step_at_a_time(module, monkeypatch):
+    """With the same draws the agent has the states in which it learns."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(module, "draw_classes", lambda probs: probs.argmax(-1))
+    monkeypatch.setattr(module, "draw_noise", lambda mean: torch.full_like(mean, 0.5))
+    agent = tiny_agent(module)
+    model, batch, state = agent.world_model, tiny_batch(module, agent), agent.zero_state(3)
+    deter, stoch, _ = model.rssm.observe(
+        model.encoder(None, batch.vector), module.previous_actions(batch, state.action),
+        batch.is_first, state.deter, state.stoch)
+    for t in range(5):
+        rows = {name: getattr(batch, name)[t].numpy() for name in ("vector", "reward", "is_first")}
+        obs = module.EnvStep(image=None, is_last=np.zeros(3, bool), is_terminal=None,
+                             episode_return=None, episode_length=None, **rows)
+        state = agent.act(obs, state)._replace(action=batch.action[t])
+        torch.testing.assert_close(state.deter, deter[t])
+        torch.testing.assert_close(state.stoch, stoch[t])
+
+
 # ---- From the states to the losses ---------------------------------------------------------------
 
 H, T, B = 4, 3, 2
 GAMMA = 0.5
+FLAGS = (1.0, 0.9, 0.8, 0.7, 0.6)  # that the episode goes on, at the imagined states 0 to 4
 
 
 class Told:
@@ -221,12 +259,12 @@ class CountingOptimizer:
         return torch.zeros(())
 
 
-def counting_agent(module, monkeypatch, is_terminal: torch.Tensor, goes_on: float):
+def counting_agent(module, monkeypatch, is_terminal: torch.Tensor, goes_on: tuple[float, ...]):
     """An agent in whose world a state says which imagined step it is, and where it began.
 
     Feature 0 is the step, feature -1 the number of the start, t B + b. A reward is 100 + step, a
-    value 200 + step, that of the slow critic 300 + step, a flag `goes_on`. Also a log of what the
-    optimisers do, and a batch.
+    value 200 + step, that of the slow critic 300 + step, a flag `goes_on[step]`. Also a log of what
+    the optimisers do, and a batch.
     """
     flags = {"pcont": True} if has_flag(module, "pcont") else {}
     gamma = {"gamma": GAMMA} if has_flag(module, "gamma") else {"discount_horizon": 1 / (1 - GAMMA)}
@@ -245,7 +283,7 @@ def counting_agent(module, monkeypatch, is_terminal: torch.Tensor, goes_on: floa
 
     model.rssm.img_step = img_step
     model.reward = lambda feat: Told(100 + feat[..., 0], feat[..., 0])
-    model.cont = lambda feat: Told(torch.full_like(feat[..., 0], goes_on), feat[..., 0])
+    model.cont = lambda feat: Told(torch.tensor(goes_on)[feat[..., 0].long()], feat[..., 0])
     agent.critic.forward = lambda feat: Told(200 + feat[..., 0], feat[..., 0])
     agent.actor.forward = lambda feat: feat[..., :1]
     agent.actor.policy = Policy
@@ -256,7 +294,8 @@ def counting_agent(module, monkeypatch, is_terminal: torch.Tensor, goes_on: floa
     return agent, log, tiny_batch(module, agent, is_terminal=is_terminal)
 
 
-def learn(module, monkeypatch, is_terminal: torch.Tensor, goes_on: float = 1.0) -> SimpleNamespace:
+def learn(module, monkeypatch, is_terminal: torch.Tensor,
+          goes_on: tuple[float, ...] = FLAGS) -> SimpleNamespace:
     """What `Agent.learn` gives to `lambda_return` and to the two losses."""
     agent, log, batch = counting_agent(module, monkeypatch, is_terminal, goes_on)
 
@@ -287,7 +326,7 @@ def test_what_enters_the_losses_of_v3(monkeypatch):
     """[V3-6] [V3-14] H = 4: states 0 to 4, H terms everywhere."""
     found = learn(importlib.import_module("dreamer_v3"), monkeypatch, NEVER)
     is_row(found.returns.reward, 101, 102, 103, 104)  # what the actions 0 ... 3 led to
-    is_row(found.returns.discount, *[GAMMA] * 4)
+    is_row(found.returns.discount, *(GAMMA * flag for flag in FLAGS[1:]))
     is_row(found.returns.next_value, 201, 202, 203, 204)
     is_row(found.actor.policy.raw[..., 0], 0, 1, 2, 3)
     is_row(found.actor.action[..., 0], 10, 11, 12, 13)
@@ -296,35 +335,35 @@ def test_what_enters_the_losses_of_v3(monkeypatch):
     is_row(found.critic.slow_value, 300, 301, 302, 303)
     for loss in (found.actor, found.critic):
         assert loss.ret is found.returns.result and loss.weight.shape == (H, T * B)
-        is_row(loss.weight, 1, GAMMA, GAMMA**2, GAMMA**3)
+        is_row(loss.weight, 1, GAMMA * 0.9, GAMMA**2 * 0.9 * 0.8, GAMMA**3 * 0.9 * 0.8 * 0.7)
 
 
 def test_what_enters_the_losses_of_v2(monkeypatch):
     """[V2-6] [V2-7] Facts 22 to 28: H terms for the critic, H - 1 for the actor."""
-    found = learn(importlib.import_module("dreamer_v2"), monkeypatch, NEVER, goes_on=0.4)
+    found = learn(importlib.import_module("dreamer_v2"), monkeypatch, NEVER)
     is_row(found.returns.reward, 100, 101, 102, 103)  # of the state itself, from the start on
-    is_row(found.returns.discount, GAMMA, 0.4, 0.4, 0.4)  # the first one is recorded
+    is_row(found.returns.discount, GAMMA, 0.9, 0.8, 0.7)  # the first one is recorded
     is_row(found.returns.next_value, 301, 302, 303, 304)  # the slow critic's
     is_row(found.actor.policy.raw[..., 0], 0, 1, 2)
     is_row(found.actor.action[..., 0], 10, 11, 12)
     is_row(found.actor.baseline, 300, 301, 302)
     assert torch.equal(found.actor.ret, found.returns.result[1:])  # of the states that they lead to
-    is_row(found.actor.weight, 1, GAMMA, GAMMA * 0.4)
+    is_row(found.actor.weight, 1, GAMMA, GAMMA * 0.9)
     is_row(found.critic.value_dist.steps, 0, 1, 2, 3)
     assert found.critic.ret is found.returns.result
-    is_row(found.critic.weight, 1, GAMMA, GAMMA * 0.4, GAMMA * 0.4**2)
+    is_row(found.critic.weight, 1, GAMMA, GAMMA * 0.9, GAMMA * 0.9 * 0.8)
 
 
 def test_what_enters_the_losses_of_v1(monkeypatch):
     """Facts 19 to 23: the states 1 to 4; the last one bootstraps, so H - 1 terms."""
-    found = learn(importlib.import_module("dreamer_v1"), monkeypatch, NEVER, goes_on=0.4)
+    found = learn(importlib.import_module("dreamer_v1"), monkeypatch, NEVER)
     is_row(found.returns.reward, 101, 102, 103)
-    is_row(found.returns.discount, 0.4, 0.4, 0.4)  # of the same state as the reward
+    is_row(found.returns.discount, 0.9, 0.8, 0.7)  # of the same state as the reward
     is_row(found.returns.next_value, 202, 203, 204)
     is_row(found.critic.value_dist.mean(), 201, 202, 203)
     for loss in (found.actor, found.critic):
         assert loss.ret is found.returns.result
-        is_row(loss.weight, 1, 0.4, 0.4**2)
+        is_row(loss.weight, 1, 0.9, 0.9 * 0.8)
     assert found.returns.reward.shape[1] == (T - 1) * B  # the last of a window could be terminal
 
 
@@ -342,7 +381,7 @@ def test_nothing_is_learnt_from_what_lies_behind_an_end(module, monkeypatch):
     """A recorded terminal, start t B + b, ends the imagined episode at its start; others go on."""
     is_terminal = NEVER.clone()
     is_terminal[1, 1] = True
-    found = learn(module, monkeypatch, is_terminal)
+    found = learn(module, monkeypatch, is_terminal, goes_on=(1.0,) * 5)
     ended, gone_on = found.critic.weight[:, B + 1], found.critic.weight[:, B]
     if module.SCRIPT == "dreamer_v3":  # [V3-14] not even from the start itself
         assert ended.tolist() == [0] * H and gone_on.tolist() == [GAMMA**t for t in range(H)]
@@ -352,7 +391,7 @@ def test_nothing_is_learnt_from_what_lies_behind_an_end(module, monkeypatch):
         assert found.returns.result[0, B + 1] == 100  # its reward, and nothing after it
     else:  # knows nothing of the start
         assert ended.tolist() == gone_on.tolist() == [1] * (H - 1)
-    over = learn(module, monkeypatch, NEVER, goes_on=0.0)
+    over = learn(module, monkeypatch, NEVER, goes_on=(0.0,) * 5)
     first = 1 if module.SCRIPT != "dreamer_v2" else 2  # V2: what is recorded of the start counts
     assert over.critic.weight[first - 1:first].all() and not over.critic.weight[first:].any()
 
@@ -364,7 +403,8 @@ def test_without_pcont_the_discount_is_gamma(monkeypatch):
         agent = tiny_agent(module, tiny_spec(module, discrete=False), pcont=False, gamma=GAMMA,
                            imag_horizon=H, batch_length=T, batch_size=B)
         batch = tiny_batch(module, agent, is_terminal=~NEVER)
-        with recorded(module, "lambda_return") as returns, recorded(module, "critic_loss") as critic:
+        with (recorded(module, "lambda_return") as returns,
+              recorded(module, "critic_loss") as critic):
             agent.learn(batch, agent.zero_state(B))
         steps = H if name == "dreamer_v2" else H - 1
         assert returns[0].discount.shape == (steps, T * B) and (returns[0].discount == GAMMA).all()

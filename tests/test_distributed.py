@@ -139,7 +139,7 @@ def rows_written(folder: Path) -> int:
     return max((int(np.fromfile(p, np.int64)[-1]) for p in folder.glob("runs/*/replay/rank1/rows.npy")), default=0)
 
 
-def test_torchrun_trains_stops_and_resumes(tmp_path):
+def test_torchrun_trains_stops_and_resumes(cli, tmp_path):
     """TERM to the launcher, then TERM to one rank of the resumed run."""
     with Torchrun(*new_run(100_000), cwd=tmp_path) as running:
         running.wait_for(lambda: rows_written(tmp_path) > 20)
@@ -157,11 +157,11 @@ def test_torchrun_trains_stops_and_resumes(tmp_path):
     assert_saved(tmp_path, more_than=40)
 
     stopped = load(tmp_path)["step"]
-    with Torchrun("--resume", run_dir, cwd=tmp_path) as running:
-        running.wait_for(lambda: rows_written(tmp_path) > stopped // 2 + 10)
-        os.kill(running.ranks()[1], signal.SIGTERM)
-        assert running.wait() == 0, running.log.read_text()
-    assert "stopped and saved" in running.log.read_text()
+    with cli.start("tests/ranks", 2, ROOT / f"{MAIN}.py", "--resume", run_dir, cwd=tmp_path) as resumed:
+        resumed.wait_for(lambda: rows_written(tmp_path) > stopped // 2 + 10)
+        os.kill(children(resumed.pid)[1], signal.SIGTERM)
+        done = resumed.wait()
+    assert done.code == 0 and done.out.count("stopped and saved") == 1, str(done)
     assert_saved(tmp_path, more_than=stopped + 20)
     steps = [step for step, _ in scalars(run_dir)["loss/model"]]
     assert steps == list(range(20, load(tmp_path)["step"] + 1, 10)), "one rank writes, once"
@@ -233,4 +233,18 @@ def test_interrupt_of_all_processes(cli, tmp_path):
             os.kill(pid, signal.SIGINT)
         done = running.wait()
     assert done.code == 0 and done.out.count("stopped and saved") == 1, str(done)
+    assert_saved(tmp_path, more_than=30)
+
+
+def test_ranks_leave_when_their_launcher_is_killed(cli, tmp_path):
+    """Nobody tells them: they have another parent, and save."""
+    with cli.start("tests/ranks", 2, ROOT / f"{MAIN}.py", *new_run(100_000), cwd=tmp_path) as running:
+        running.wait_for(lambda: rows_written(tmp_path) > 15)
+        pids = children(running.pid)
+        running.kill(signal.SIGKILL)
+        assert running.wait().code == -signal.SIGKILL and len(pids) == 2
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert_saved(tmp_path, more_than=30)

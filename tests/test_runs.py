@@ -363,23 +363,8 @@ def test_distributed_only_under_torchrun(monkeypatch):
         monkeypatch.setenv(name, str(value))
     assert devices.setup_distributed("cpu") == (0, 1, 0)
     assert torch.distributed.get_backend() == "gloo"
-    assert (devices.max_over_ranks(2), devices.any_rank(True), devices.any_rank(False)) == (2, True, False)
+    assert devices.max_over_ranks(2) == 2 and float(devices.mean_over_ranks(torch.tensor([1.0, 2]))) == 1.5
     torch.distributed.destroy_process_group()
-
-
-def test_a_rank_leaves_when_its_launcher_is_gone(run, monkeypatch):
-    """Simulated: in the twelfth turn the process has another parent."""
-    turns, stopping, parent = [], runs.Run.stopping, os.getppid()
-
-    def count(self):
-        turns.append(1)
-        self.world = 2
-        return stopping(self)
-
-    monkeypatch.setattr(runs.Run, "stopping", count)
-    monkeypatch.setattr(os, "getppid", lambda: parent if len(turns) < 12 else 1)
-    monkeypatch.setattr(runs.Run, "save", lambda self: None)
-    assert "stopped and saved" in run("--total-timesteps", 1000) and len(turns) == 12
 
 
 LOOP = """
@@ -463,7 +448,7 @@ def test_a_feeder_is_ready_when_there_is_a_window(tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "max_over_ranks", lambda value: asked.append(value) or value)
     assert not feeder.ready() and not feeder.ready()
     feeder.replay.rings.append({"vector": np.zeros((1, 3)), "reward": np.zeros(1)})
-    assert feeder.ready() and feeder.ready() and asked == [1, 1, 0], "once ready, nobody is asked"
+    assert feeder.ready() and feeder.ready() and asked == [True, True, False], "once ready, nobody is asked"
 
 
 def test_a_cuda_graph_warms_up_aside_and_reads_new_batches(monkeypatch):

@@ -5,11 +5,11 @@
 The script itself stays as it is. Here it is parsed, a check is put behind each such line, and the
 rewritten copy runs small passes in which every dimension has a size of its own. A comment that is
 wrong, that no pass reaches, or that uses a letter which the dimension key of the module's docstring
-lacks, fails. So does a shape in a docstring that names a parameter: "`ret` (H, N)", "embed: (T, B, E)".
+lacks, fails. So does a shape of a parameter in a docstring: "`ret` (H, N)", "embed: (T, B, E)".
 
-Some functions are called with several leading sizes (acting is a replay of T = 1). So a letter stands
-for a set of sizes, which depends on what is running and is as small as can be, and within one call of
-a function (or one tuple) it stands for one size.
+Some functions are called with several leading sizes (acting is a replay of T = 1). So a letter
+stands for a set of sizes, which depends on what is running and is as small as can be, and within
+one call of a function (or one tuple) it stands for one size.
 """
 
 import ast
@@ -93,14 +93,15 @@ def parameter_notes(node: ast.FunctionDef) -> list[Note]:
 
 
 class Instrument(ast.NodeTransformer):
-    """Puts checks into the module; `notes` are those that it found, `lines` those of the comments."""
+    """Puts checks into the module; `notes` are those that it found, `lines` their lines."""
 
     def __init__(self, comments: dict[int, str]):
         self.comments, self.notes, self.lines = comments, [], set()
 
     def checks(self, found: list[tuple[ast.expr, Note]]) -> list[ast.stmt]:
         self.notes += [note for _, note in found]
-        calls = [f"__check__(__dims__, {self.notes.index(note)}, {ast.unparse(part)})" for part, note in found]
+        calls = [f"__check__(__dims__, {self.notes.index(note)}, {ast.unparse(part)})"
+                 for part, note in found]
         return [ast.parse(call).body[0] for call in calls]
 
     def visit_assignment(self, node):
@@ -119,7 +120,8 @@ class Instrument(ast.NodeTransformer):
         return node
 
     def visit_ClassDef(self, node):
-        annotated = [s for s in node.body if isinstance(s, ast.AnnAssign) and notes_of(s, self.comments)]
+        annotated = [s for s in node.body
+                     if isinstance(s, ast.AnnAssign) and notes_of(s, self.comments)]
         self.lines |= {statement.end_lineno for statement in annotated}
         fields_ = {note.name: note for s in annotated for _, note in notes_of(s, self.comments)}
         self.notes += fields_.values()
@@ -141,7 +143,8 @@ def size_of(expression: str, dims: dict[str, int]) -> int:
     return eval(re.sub(r"(\d)([A-Z])", r"\1 * \2", expression), {}, dims)  # noqa: S307
 
 
-def possible(spec: str, shape: tuple[int, ...], allowed: dict[str, set[int]], bound: dict[str, int]):
+def possible(spec: str, shape: tuple[int, ...], allowed: dict[str, set[int]],
+             bound: dict[str, int]):
     """The first way to give each letter a size so that `shape` is `spec`; None if there is none."""
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     if "..." in parts:
@@ -151,7 +154,8 @@ def possible(spec: str, shape: tuple[int, ...], allowed: dict[str, set[int]], bo
         shape = (*shape[:at], *shape[len(shape) - (known - at):])
         parts.remove("...")
     letters = sorted(set(LETTER.findall(spec)))
-    for sizes in itertools.product(*({bound[x]} if x in bound else allowed.get(x, set()) for x in letters)):
+    choices = [{bound[x]} if x in bound else allowed.get(x, set()) for x in letters]
+    for sizes in itertools.product(*choices):
         dims = dict(zip(letters, sizes))
         if len(shape) == len(parts) and all(
                 any(size_of(option, dims) == size for option in part.split(" or "))
@@ -170,14 +174,16 @@ class Checker:
         self.notes, self.lines = instrument.notes, instrument.lines
         self.allowed, self.seen = {}, []  # seen: (note, shape, allowed)
         self.module = types.ModuleType(f"{name}_with_checks")
-        self.module.__dict__.update(__file__=f"{name}.py", __check__=self.check, __check_fields__=self.check_fields, __dims__={})
+        self.module.__dict__.update(__file__=f"{name}.py", __dims__={}, __check__=self.check,
+                                    __check_fields__=self.check_fields)
         sys.modules[self.module.__name__] = self.module  # dataclasses look their module up
         exec(compile(tree, f"<{name} with checks>", "exec"), self.module.__dict__)  # noqa: S102
 
     @contextmanager
     def sizes(self, **dims):
         """What the letters may stand for while something runs: one size, or several."""
-        self.allowed = {letter: {size} if isinstance(size, int) else set(size) for letter, size in dims.items()}
+        self.allowed = {letter: {size} if isinstance(size, int) else set(size)
+                        for letter, size in dims.items()}
         yield
         self.allowed = {}
 
@@ -263,18 +269,20 @@ def exercise(checker: Checker, spec: EnvSpec, folder) -> None:
     replay = module.ReplayBuffer(folder, spec, 50, P, 0)
     starts = T - (module.SCRIPT == "dreamer_v1" and args.pcont)  # which leaves the last ones out
     training = dict(T=T, B=B, N=starts * B, P=P, **model)
+    carry = agent.zero_state(P)
     for step in range(12):
         obs = observe_step(module, spec, step)
         with checker.sizes(P=P, B=P, T=1, **model):  # acting is a replay of one step
-            carry = agent.act(obs, carry if step else agent.zero_state(P), sample=step % 2 == 0)
+            carry = agent.act(obs, carry, sample=step % 2 == 0)
         with checker.sizes(P=P, **model):
             replay.add(obs, carry.action.numpy())
     with checker.sizes(**training):
         batch = replay.sample(B, T, np.random.default_rng(0))
         for _ in range(2):
             agent.train_step(batch, agent.zero_state(B))
+    batch.is_first[:] = False  # the video is that of a whole sequence
     with checker.sizes(**training | dict(T=(T, 2 * T), N=B)):
-        module.open_loop(agent, batch._replace(is_first=torch.zeros(T, B, dtype=torch.bool)), CONTEXT)
+        module.open_loop(agent, batch, CONTEXT)
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -305,7 +313,8 @@ def test_every_shape_comment_was_checked(checked):
 def test_no_shape_comment_is_out_of_reach(checked):
     """A shape in a trailing comment stands first in it, on the last line of an assignment."""
     lost = {line: comment for line, comment in checked.comments.items()
-            if SHAPE.search(comment) and line not in checked.lines and re.search(r"\([^)]*[A-Z]", comment)}
+            if SHAPE.search(comment) and line not in checked.lines
+            and re.search(r"\([^)]*[A-Z]", comment)}
     assert not lost
 
 
@@ -316,7 +325,8 @@ def test_the_letters_are_those_of_the_dimension_key(checked):
     unknown = {}
     for node in ast.walk(ast.parse((ROOT / f"{checked.module.SCRIPT}.py").read_text())):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            letters = {x for spec in SHAPE.findall(ast.get_docstring(node) or "") for x in LETTER.findall(spec)}
+            specs = SHAPE.findall(ast.get_docstring(node) or "")
+            letters = {letter for spec in specs for letter in LETTER.findall(spec)}
             unknown |= {f"{node.name}, line {node.lineno}": letters - key} if letters - key else {}
     assert not unknown, f"shapes in docstrings: {unknown}"
 
@@ -332,8 +342,9 @@ def test_every_letter_of_the_dimension_key_is_used(checked):
 def test_the_sizes_tell_the_letters_apart():
     """No two letters have the same size where there are both images and vectors."""
     for pixels in (16, 64):
-        sizes = [T, B, T * B, (T - 1) * B, P, H, H + 1, H - 1, pixels, 64 + SIZES["mlp_units"], *(SIZES[name] for name in (
-            "deter", "stoch", "classes", "units", "hidden", "bins")), 9, 15, 132, 142, 21, 3, 2, 2 * T]
+        own = [SIZES[x] for x in ("deter", "stoch", "classes", "units", "hidden", "bins")]
+        sizes = [*own, T, B, T * B, (T - 1) * B, P, H, H + 1, H - 1, pixels,
+                 64 + SIZES["mlp_units"], 9, 15, 132, 142, 21, 3, 2, 2 * T]
         assert len(set(sizes)) == len(sizes)
 
 
@@ -385,9 +396,10 @@ def f(x, y):
 
 
 @pytest.mark.parametrize("truth, lie", [
-    ("a = x * 2  # (T, B)", "a = x * 2  # (B, T)"), ("# (B), (T)", "# (T), (B)"), ("1)  # (T, B)", "1)  # (T, A)"),
-    ("# (T, B) float32", "# (T) float32"), ("# (T, B) float32", "# (T, B) bool"), ("y (B, T)", "y (T, B)"),
-    ("a = x * 2  # (T, B)", "a = x * 2  # (T, B, 1)"), ("a = x * 2  # (T, B)", "a = x * 2  # (T, 2B)"),
+    ("a = x * 2  # (T, B)", "a = x * 2  # (B, T)"), ("a = x * 2  # (T, B)", "a = x * 2  # (T, 2B)"),
+    ("a = x * 2  # (T, B)", "a = x * 2  # (T, B, 1)"), ("1)  # (T, B)", "1)  # (T, A)"),
+    ("# (B), (T)", "# (T), (B)"), ("# (T, B) float32", "# (T) float32"),
+    ("# (T, B) float32", "# (T, B) bool"), ("y (B, T)", "y (T, B)"),
 ])
 def test_a_lying_comment_fails(truth, lie):
     for source, is_true in ((TOY, True), (TOY.replace(truth, lie), False)):

@@ -1,4 +1,4 @@
-"""Small agents and batches, made in the same way for every script."""
+"""Small agents and batches, made in the same way for every script, and two tools for tests."""
 
 from dataclasses import fields
 
@@ -63,3 +63,16 @@ def tiny_batch(module, agent, **changes):
     is_first[0] = True
     return module.Batch(image, vector, action, torch.randn(lead), is_first,
                         torch.rand(lead) < 0.2)._replace(**changes)
+
+
+def grad_of(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of the sum of `output`, zeros where there is none."""
+    return list(torch.autograd.grad(output.sum(), inputs, retain_graph=True, allow_unused=True,
+                                    materialize_grads=True))
+
+
+def as_torch(dist) -> torch.distributions.Distribution:
+    """The same distribution by torch."""
+    if hasattr(dist, "probs"):
+        return torch.distributions.Independent(torch.distributions.Categorical(dist.probs), 1)
+    return torch.distributions.Independent(torch.distributions.Normal(dist.mean, dist.std), 1)
