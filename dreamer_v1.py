@@ -49,10 +49,10 @@ Time alignment. A row of the replay buffer holds what is known when the action i
                 target    V_t = r_t + d_t ((1 - lambda) v_{t+1} + lambda V_{t+1}),     V_H = v_H
 
 Symbols (paper -> code), and the sizes that the shape comments name, time-major
-    x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
-    a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
-    gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
-    sg()  .detach()       q(z|h,x)  post_*     p(z|h)  prior_*
+    o_t  image, vector (x_t here)       s_t  feat = [deter, stoch] (h_t, z_t here)
+    a_t  action           r_t  reward           V_lambda  ret (V_t here)       v_t  value
+    gamma  args.gamma     lambda  args.return_lambda        beta  args.kl_scale
+    p  posterior, post_*  q  prior, prior_*: the later papers, and this file, have q(z|h,x), p(z|h)
     Dimension key
     T  replay time, 50     B  batch, 50     N = T * B  imagination starts, 2500         (control)
     (with --pcont N = (T - 1) * B)
@@ -68,17 +68,19 @@ From the paper:
     [V1-1]  actor and critic learn from trajectories imagined in latent space, without an image.
             PlaNet, before it, searched for actions anew at every step and saw no further than H.
     [V1-2]  the actor follows the gradient of the return itself, back through the dynamics.
-    [V1-3]  lambda-returns, which end in the critic's word, look beyond the horizon.
+    [V1-3]  lambda-returns, which end in the critic's value, look beyond the horizon.
     [V1-4]  where ends are predicted, they are discounts: an imagined episode fades out.
-From the authors' code only:
     [V1-5]  each term is weighted by the discounts before it. Without it the end of an imagined
             trajectory counts as much as its start, though it may never be reached.
     [V1-6]  noise on the actions while data is collected: normal, or another action at random.
-    [V1-7]  free nats for the mean KL of a batch: below them the KL has no gradient at all.
+    [V1-7]  free nats: below them the KL has no gradient at all.
+From the authors' code only:
+            [V1-5] weights by gamma^t where no end is predicted; [V1-7] limits the mean of a batch.
+            The sizes of --size paper: 400 units (paper: 300), 2 to 4 layers (paper: 3).
 
 Deviation (from the authors' code, danijar/dreamer 56d4d44)
     * No update is spent on building the variables.
-    * bfloat16 where the hardware has it, by itself (theirs: float16 with loss scaling).
+    * bfloat16 is the default where the hardware supports it (theirs: float16 with loss scaling).
       `--amp off` is float32. State and acting stay in float32.
     * --size XXS is ours, for laptops, and so are vector observations.
     * A row holds the action chosen at its observation (theirs: the one that led to it). They feed
@@ -87,12 +89,15 @@ Deviation (from the authors' code, danijar/dreamer 56d4d44)
       included; they may cross the end of an episode, where is_first resets the state. Theirs lie
       in complete episodes, drawn uniformly whatever their length, without the last step.
     * The ring has an end (--buffer-size); they keep every episode.
-    * Noise is drawn for each row; theirs is one vector for a whole batch, which looks accidental.
+    * Latent noise is drawn for each row; theirs is one vector for a batch: it looks accidental.
     * Updates are spread over the timesteps (theirs: 100 at once, every 1,000 frames).
-    * Discrete actions: --expl-amount is the chance of a random action in each environment, and
-      ends are predicted. Theirs adds a normal number and predicts nothing, unless told otherwise.
+    * Discrete actions take the paper's setting without asking (TASKS), with exploration drawn for
+      each environment; theirs adds a normal number and predicts no end, unless told otherwise.
+    * Starts that are terminal have weight zero: in their windows there is none.
+    * Random and other episodes are not played to their end before training goes on.
     * Evaluation takes tanh(mean), theirs the best of 100 samples.
-    * Atari keeps its own action repeat (4) and time limit; a lost life ends nothing.
+    * The action repeat is 1 (Atari: 4) unless asked for, theirs is 2; no sticky actions; a time
+      limit of 1,000 frames is not imposed, and a lost life ends nothing.
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
@@ -108,7 +113,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.cli import check_numbers, fill, one_line_errors, parse
-from common.devices import CudaGraph, Feeder, average_over_ranks, on_device, use_bf16
+from common.devices import (CudaGraph, Feeder, average_over_ranks, mean_over_ranks, on_device,
+                            use_bf16)
 from common.envs import EnvConfig, EnvSpec, default_action_repeat
 from common.files import UserError
 from common.play import dream, evaluate, load_agent
@@ -122,38 +128,41 @@ SCRIPT = Path(__file__).stem
 PAPER = dict(
     deter=200, hidden=200, units=400, reward_layers=2, critic_layers=3, pcont_layers=3,
     actor_layers=4, depth=32, mlp_units=400, mlp_layers=4, stoch=30, batch_size=50,
-    batch_length=50, buffer_size=1_000_000, train_ratio=500.0, learning_starts=2500, pretrain=100,
-    model_lr=6e-4, model_eps=1e-7, actor_lr=8e-5, actor_eps=1e-7, critic_lr=8e-5, critic_eps=1e-7,
-    actor_min_std=1e-4, grayscale=False, clip_rewards="none", gamma=0.99, kl_scale=1.0,
-    free_nats=3.0, pcont_scale=10.0, eval_greedy=True)
+    batch_length=50, total_timesteps=2_500_000, buffer_size=1_000_000, train_ratio=500.0,
+    learning_starts=2500, pretrain=100, model_lr=6e-4, model_eps=1e-7, actor_lr=8e-5,
+    actor_eps=1e-7, critic_lr=8e-5, critic_eps=1e-7, actor_min_std=1e-4, grayscale=False,
+    gamma=0.99, free_nats=3.0, pcont_scale=10.0, eval_greedy=True)
 SIZES = {  # XXS is ours, for laptops and tests
     "XXS": PAPER | dict(deter=128, hidden=128, units=128, reward_layers=2, critic_layers=2,
                         pcont_layers=2, actor_layers=2, depth=8, mlp_units=128, mlp_layers=2,
                         batch_size=16, batch_length=16, train_ratio=256.0, learning_starts=500,
                         model_lr=1e-3, actor_lr=1e-4, critic_lr=1e-3, gamma=0.95, kl_scale=0.1,
-                        free_nats=1.0),
+                        free_nats=1.0, imag_horizon=15, clip_rewards="none", expl_amount=0.3,
+                        expl_decay=0.0, expl_min=0.0),
     "paper": PAPER,
 }
-TASKS = {  # what follows from the kind of actions
-    "discrete": dict(pcont=True),
-    "continuous": dict(pcont=False),
+TASKS = {  # the paper's settings for discrete and for continuous control: what --size leaves open
+    "discrete": dict(pcont=True, imag_horizon=10, kl_scale=0.1, clip_rewards="tanh",
+                     expl_amount=0.4, expl_min=0.1, expl_decay=200_000.0),
+    "continuous": dict(pcont=False, imag_horizon=15, kl_scale=1.0, clip_rewards="none",
+                       expl_amount=0.3, expl_min=0.0, expl_decay=0.0),
 }
 
 
 @dataclass(frozen=True)
 class Args:
-    """Every setting. Defaults are the paper's, those of None are in the tables above."""
+    """Every setting. Defaults are the authors', those of None are in the tables above."""
 
     # The task (a resume keeps these)
     env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
     num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
     action_repeat: int | None = None  # Times that an action is repeated (None: 4 on Atari, else 1)
     grayscale: bool | None = None  # Images in shades of grey
+    clip_rewards: Literal["none", "tanh", "clip"] | None = None  # How rewards are squashed
     pixels: bool = False  # Observe the rendered picture instead of what the environment gives
-    clip_rewards: Literal["none", "tanh"] | None = None  # What is learnt in the place of rewards
 
-    # The length of a run, its episodes
-    total_timesteps: int = 2_500_000  # Decisions of the agent; frames = timesteps x action repeat
+    # The episodes
+    total_timesteps: int | None = None  # Decisions of the agent; frames = these x action repeat
     max_episode_steps: int = 0  # Time limit, not a terminal, in timesteps (0: environment's own)
     noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
     env_seed: int | None = None  # Seed of every episode of training (one level, one track)
@@ -192,7 +201,7 @@ class Args:
     pcont_scale: float | None = None  # Scale of the loss of --pcont
 
     # The training: actor and critic
-    imag_horizon: int = 15  # Imagination horizon, H
+    imag_horizon: int | None = None  # Imagination horizon, H
     gamma: float | None = None  # Discount factor
     return_lambda: float = 0.95  # Return lambda
     actor_min_std: float | None = None  # Smallest deviation of a continuous action
@@ -203,9 +212,9 @@ class Args:
     critic_eps: float | None = None  # Adam epsilon of the critic
     critic_clip: float = 100.0  # Gradient clipping of the critic
     actor_init_std: float = 5.0  # Deviation of a continuous action at first, before the tanh
-    expl_amount: float = 0.3  # Noise on actions: its deviation, or the chance of a random one
-    expl_decay: float = 0.0  # Frames after which it is half as large (0: never)
-    expl_min: float = 0.0  # It does not decay below this
+    expl_amount: float | None = None  # Noise on actions: deviation, or chance of a random one
+    expl_decay: float | None = None  # Frames after which it is half as large (0: never)
+    expl_min: float | None = None  # It does not decay below this
 
     # The run
     exp_name: str = SCRIPT  # Name of this experiment, part of the run directory's name
@@ -225,7 +234,7 @@ class Args:
     video_every: int = 10_000  # Timesteps between two open-loop videos in TensorBoard (0: none)
     checkpoint_every: int = 5_000  # Timesteps between checkpoints, at most 10 minutes of time
 
-    # Instead of a new run (a resume keeps --offline)
+    # The mode (a resume keeps --offline)
     resume: str = ""  # Run directory to go on with, exactly where it stopped
     evaluate: str = ""  # Run directory whose agent plays fresh episodes; prints every return
     dream: str = ""  # Run directory whose agent's dreams go to RUN_DIR/videos as GIF and PNG
@@ -248,7 +257,7 @@ class Args:
             "learning_starts", "max_env_restarts", "return_lambda", "kl_scale", "free_nats",
             "pcont_scale", "expl_amount", "expl_decay", "expl_min"}, shares={
             "gamma": 1, "return_lambda": 1})
-        if self.imag_horizon < 2:
+        if (self.imag_horizon or 2) < 2:
             raise UserError("--imag-horizon is 1; returns take at least 2 steps.")
         if self.batch_length < 2:
             raise UserError("--batch-length is 1; a sequence has at least 2 timesteps.")
@@ -479,7 +488,7 @@ class Linear(nn.Linear):
     """Linear layer with our initialisation."""
 
     def reset_parameters(self) -> None:
-        """Initialise, in the constructor."""
+        """Initialise; `nn.Linear.__init__` calls this."""
         init_output(self)
 
 
@@ -496,10 +505,11 @@ class Dense(Linear):
 
 
 class SplitDense(Dense):
-    """Dense layer of a concatenation [a, b]: its product is a sum of two, W [a, b] = V a + U b.
+    """Dense layer of a concatenation: its product is a sum of two, W [a, b] = W_a a + W_b b.
 
-    Where b is known for all timesteps in advance, `project` computes U b for all of them at once,
-    and only V a is left for the loop over time.
+    Where b is known for all timesteps in advance, `project` computes W_b b for all of them at once,
+    and only W_a a is left for the loop. Two parameters, since the gradient of a slice of one would
+    be padded with zeros at every step of the loop.
     """
 
     def __init__(self, inputs_a: int, inputs_b: int, outputs: int):
@@ -510,7 +520,7 @@ class SplitDense(Dense):
         self.weight_b = nn.Parameter(weight_b.clone())
 
     def project(self, b: Tensor) -> Tensor:
-        """(..., inputs_b) -> U b, and the bias if there is one (..., outputs)."""
+        """(..., inputs_b) -> W_b b, and the bias if there is one (..., outputs)."""
         return F.linear(b, self.weight_b, self.bias)
 
     def forward(self, a: Tensor, projected_b: Tensor) -> Tensor:
@@ -534,7 +544,11 @@ class Head(nn.Module):
 
     def forward(self, feat: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return self.out(self.mlp(feat)).float()
+        x = self.mlp(feat)
+        if self.out.out_features > 1:
+            return self.out(x).float()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has 3 digits for a number
+            return self.out(x.float())
 
 
 def centre(image: Tensor | None) -> Tensor | None:
@@ -612,7 +626,8 @@ class GRUCell(nn.GRUCell):
 
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
         """(B, U) and h_{t-1} (B, D) -> h_t (B, D), in float32."""
-        return super().forward(x, deter.to(x.dtype)).float()
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float(), deter)
 
 
 class State(NamedTuple):
@@ -624,7 +639,10 @@ class State(NamedTuple):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model: the recurrence, the prior and the posterior."""
+    """Recurrent state-space model: the recurrence, the prior and the posterior.
+
+    The authors' names: `img_` is imagination, not image; `obs_` sees the observation, too.
+    """
 
     def __init__(self, args: Args, action_dim: int, embed_dim: int):
         super().__init__()
@@ -778,6 +796,8 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     post, prior = model.rssm.latent(raw), model.rssm.prior(deter)
     feat = torch.cat([deter, stoch], -1)  # (T, B, F)
 
+    reward = {"none": batch.reward, "tanh": batch.reward.tanh(),
+              "clip": batch.reward.clamp(-1, 1)}[args.clip_rewards]  # (T, B)
     losses, metrics = {}, {"latent/post_entropy": post.entropy(),
                            "latent/prior_entropy": prior.entropy()}
     if image is not None:
@@ -785,13 +805,12 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
         losses["image"] = -log_prob.sum((-3, -2, -1))
     if batch.vector is not None:
         losses["vector"] = -Normal(model.decoder.vector(feat)).log_prob(batch.vector).sum(-1)
-    reward = batch.reward.tanh() if args.clip_rewards == "tanh" else batch.reward
     losses["reward"] = -model.reward(feat).log_prob(reward)
     if args.pcont:
         going_on = args.gamma * (~batch.is_terminal).float()  # (T, B)
         losses["cont"] = -args.pcont_scale * model.cont(feat).log_prob(going_on)
     kl = post.kl(prior)  # (T, B)
-    losses["kl"] = args.kl_scale * kl.mean().clamp(min=args.free_nats)  # [V1-7]
+    losses["kl"] = args.kl_scale * mean_over_ranks(kl).clamp(min=args.free_nats)  # [V1-7]
     metrics["latent/kl"] = kl
     return losses, deter.detach(), stoch.detach(), metrics
 
@@ -801,7 +820,7 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
     """Follow the actor through the prior for `horizon` steps [V1-1], from (N, D) and (N, Z).
     Returns features (H1, N, F), the starts included.
     The gradient comes back through the dynamics [V1-2], but the actor always sees detached
-    features: it learns from what its actions lead to, and not by bending the state.
+    features: its gradient comes through its actions alone.
     """
     feats = [torch.cat([deter, stoch], -1)]
     for _ in range(horizon):
@@ -815,7 +834,7 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_:
     """Lambda-returns of imagined trajectories, one per step, (H, N) or one step less.
 
         R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
-        R_H = next_value_{H-1}                      after the last step: the critic's word
+        R_H = next_value_{H-1}                      after the last step the critic bootstraps
 
     All arguments have the shape of the result and are aligned: what follows from step t stands at
     index t.
@@ -831,8 +850,8 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_:
 def actor_loss(ret: Tensor, weight: Tensor) -> Tensor:
     """Loss of the actor as a scalar. Eq. 7:
         L = -mean w_t V_t
-    The gradient reaches the actor by reward, discount and value, back through the dynamics. The
-    weights w_t are in the authors' code only [V1-5]. All tensors are (G, N).
+    The gradient reaches the actor by reward, discount and value, back through the dynamics. All
+    tensors are (G, N); w_t are the discounts before t, multiplied. [V1-5]
     """
     return -(weight * ret).mean()
 
@@ -840,7 +859,7 @@ def actor_loss(ret: Tensor, weight: Tensor) -> Tensor:
 def critic_loss(value_dist: Normal, ret: Tensor, weight: Tensor) -> Tensor:
     """Loss of the critic as a scalar, with the constant of a normal distribution:
         L = -mean w_t ln p(V_t|s_t) = mean w_t ( 1/2 (v_t - sg(V_t))^2 + const )
-    The weights w_t are in the authors' code only. All tensors have the same shape.
+    All tensors have the same shape; w_t are the discounts before t, multiplied.
     """
     log_prob = value_dist.log_prob(ret.detach())
     return -(weight * log_prob).mean()
@@ -872,7 +891,7 @@ class Optimizer:
         norm = nn.utils.get_total_norm(grads)
         clipped = torch._foreach_mul(grads, self.clip / norm.clamp(min=self.clip))
         # Adam with its epsilon beside sqrt(v) before the correction for the start, as TensorFlow
-        # has it: at the first step it counts 30 times less than the same epsilon in PyTorch.
+        # has it: at the first step it counts 30 times more than the same epsilon in PyTorch.
         self.count += 1
         torch._foreach_lerp_(self.mean, clipped, 1 - 0.9)
         torch._foreach_mul_(self.square, 0.999)
@@ -889,7 +908,7 @@ class Optimizer:
         return {"mean": self.mean, "square": self.square, "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
-        """Undo `state_dict`."""
+        """Load what `state_dict` gave. Learning rates stay those of this call's flags."""
         for ours, saved in zip([*self.mean, *self.square, self.count],
                                [*state["mean"], *state["square"], state["count"]]):
             ours.copy_(saved)
@@ -938,7 +957,7 @@ class Agent(nn.Module):
 
         # Imagination, from every posterior state
         with self.autocast():
-            if args.pcont:  # whether the last state of a window is terminal is not known
+            if args.pcont:  # their windows end with an episode: its last state is no start
                 deter, stoch = deter[:-1], stoch[:-1]
             feat = imagine(model, self.actor, deter.flatten(0, 1), stoch.flatten(0, 1),
                            args.imag_horizon)[1:]  # (H, N, F)
@@ -951,6 +970,8 @@ class Agent(nn.Module):
         # Returns: reward and discount are those of state t itself, as in Eq. 6
         ones = torch.ones_like(discount[:1])  # (1, N)
         weight = torch.cat([ones, discount[:-1]]).cumprod(0).detach()  # (G, N) [V1-5]
+        if args.pcont:  # neither is one in the middle of a window, where ours may have it
+            weight = weight * (~batch.is_terminal[:-1]).float().flatten()  # (G, N)
         ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (G, N) [V1-3]
 
         # Actor and critic
@@ -1081,9 +1102,14 @@ def explore(args: Args, step: int, state: State, obs: EnvStep, discrete: bool) -
 
 
 def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
-    """Updates to make now, so that every timestep is replayed `train_ratio` times on average."""
+    """Updates to make now, so that every timestep is replayed `train_ratio` times on average.
+
+    `done` updates were made before; `world` processes share the work.
+    """
     steps, replayed = step - first_update(args, world), args.batch_size * args.batch_length
-    return args.pretrain + int(steps * args.train_ratio / replayed) - done if steps >= 0 else 0
+    if steps < 0:
+        return 0
+    return args.pretrain + int(steps * args.train_ratio / replayed) - done
 
 
 def train(args: Args, run_dir: Path | None) -> None:
@@ -1098,7 +1124,8 @@ def train(args: Args, run_dir: Path | None) -> None:
                   planned=updates_due(args, args.total_timesteps, 0, run.world))
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
-        blank = agent.zero_state(args.batch_size // run.world)  # a window starts with is_first
+        # The state before a window. It has no effect: row 0 of every window is marked is_first.
+        before = agent.zero_state(args.batch_size // run.world)
         while run.step < args.total_timesteps and not run.stopping():
             if not args.offline:
                 random = run.step < first_update(args, run.world)
@@ -1108,9 +1135,10 @@ def train(args: Args, run_dir: Path | None) -> None:
                 action = state.action.cpu().numpy()
                 replay.add(obs, action)  # store
             run.step += args.num_envs * run.world
-            for _ in range(feeder.ready() * updates_due(args, run.step, agent.updates, run.world)):
-                metrics = agent.train_step(feeder.next(), blank)  # train; a GPU works on it while
-                feeder.prepare()  # the next batch is drawn and the environments step
+            due = updates_due(args, run.step, agent.updates, run.world) if feeder.ready() else 0
+            for _ in range(due):
+                metrics = agent.train_step(feeder.next(), before)  # train
+                feeder.prepare()  # draw the next batch while a GPU works on this one
             run.log_and_save(obs, metrics)  # log
             if not args.offline:
                 obs = envs.step(action)  # step

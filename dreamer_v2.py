@@ -1,6 +1,6 @@
 """DreamerV2: mastering Atari with discrete world models (arXiv 2010.02193v4), in one file.
 
-    python dreamer_v2.py --env-id MsPacmanNoFrameskip-v4      train (the paper's Atari setting)
+    python dreamer_v2.py --env-id MsPacmanNoFrameskip-v4      train (the authors' Atari setting)
     python dreamer_v2.py --env-id CartPole-v1 --size XXS      any Gymnasium environment
     python dreamer_v2.py --resume RUN_DIR                     go on exactly where a run stopped
     python dreamer_v2.py --evaluate RUN_DIR                   play fresh episodes, print the returns
@@ -59,7 +59,7 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     Z = S * K  stochastic state, 1024     F = D + Z  feature, 1624     U  hidden units, 600
     V  vector observation     I, I, C  image, 64 64 1
     Equations of the paper: 1 RSSM; 2 world_model_loss; 3 Actor and Critic; 4 lambda_return;
-    5 critic_loss; 6 actor_loss
+    5 critic_loss; 6 actor_loss. The paper writes V^lambda_t for the return, gamma_t for d_t
 
 What changed since DreamerV1 (each tag stands where the change happens), and what it is good for.
 From the paper:
@@ -70,26 +70,30 @@ From the paper:
     [V2-4]  REINFORCE with a baseline for discrete actions: a gradient that has come back through H
             straight-through samples is biased. Continuous actions keep it, for it varies less.
     [V2-5]  an entropy bonus. V1 added noise to the actions instead.
-    [V2-6]  targets and baseline come from a copy of the critic that is renewed every 100 updates.
-            Targets that move with every update chase themselves.
+    [V2-6]  the critic's targets come from a copy of it that is renewed every 100 updates. Targets
+            that move with every update chase themselves. (The baseline, too: authors' code.)
     [V2-8]  ELU in the convolutions too, wider networks, 4 layers in every head.
-    [V2-9]  weight decay.
+    [V2-9]  weight decay, and another epsilon for Adam.
+    [V2-11] continuous actions from a normal truncated to [-1, 1] (V1: tanh of a normal).
+    On Atari, besides: grey images, a KL scale of 0.1, no free nats, a GRU of 600.
 From the authors' code only:
-    [V2-3]  GRU with one LayerNorm over its gates (V1: the plain GRU).
+    [V2-3]  GRU with one LayerNorm over its gates (V1: the plain GRU); the paper saw little benefit.
     [V2-7]  the start of an imagined trajectory is its element 0: the critic learns there, too.
     [V2-10] the world model makes its step before the imagination (V1: all three losses first).
-    [V2-11] continuous actions from a normal truncated to [-1, 1] (V1: tanh of a normal).
+    Batches of 16, gamma 0.999, an update every 16 timesteps (paper: 50, 0.995, 4) in TASKS.
 
 Deviation (from the authors' code, danijar/dreamerv2 07d906e)
     * No update is spent on building the variables.
-    * bfloat16 where the hardware has it, by itself (theirs: float16 with loss scaling).
+    * bfloat16 is the default where the hardware supports it (theirs: float16 with loss scaling).
       `--amp off` is float32. State and acting stay in float32.
     * --size XXS is ours, for laptops.
     * A row holds the action chosen at its observation (theirs: the one that led to it). Since a
       window starts with is_first, which zeroes that action, the maths is the same.
-    * Windows are drawn uniformly from one ring and may cross the end of an episode, where is_first
-      resets the state; the running episode is included. Theirs lie within complete episodes of at
-      least T rows, drawn uniformly whatever their length, on Atari with a preference for the end.
+    * Windows are drawn as in V3: uniformly from one ring, the running episode included; they may
+      cross the end of an episode, where is_first resets the state. Theirs lie within complete
+      episodes of at least T rows, drawn uniformly whatever their length, on Atari more at the end.
+    * Training begins in the middle of an episode (theirs finishes it); the action repeat is 1
+      (Atari: 4) unless asked for, theirs is 2 for control.
     * The truncated normal is drawn by its inverse distribution function. Its gradient is theirs:
       d sample / d mean = 1 and d sample / d std = (sample - mean) / std, which ignores the bounds.
 """
@@ -108,7 +112,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.cli import check_numbers, fill, one_line_errors, parse
-from common.devices import CudaGraph, Feeder, average_over_ranks, on_device, use_bf16
+from common.devices import (CudaGraph, Feeder, average_over_ranks, mean_over_ranks, on_device,
+                            use_bf16)
 from common.envs import EnvConfig, EnvSpec, default_action_repeat
 from common.files import UserError
 from common.play import dream, evaluate, load_agent
@@ -121,8 +126,9 @@ SCRIPT = Path(__file__).stem
 # ------------------------------------------------------------------------------------------- 2 Args
 PAPER = dict(
     units=400, layers=4, depth=48, mlp_units=400, mlp_layers=4, stoch=32, classes=32,
-    batch_size=16, batch_length=50, buffer_size=2_000_000, model_eps=1e-5, actor_eps=1e-5,
-    critic_eps=1e-5, actor_min_std=0.1, eval_greedy=True)
+    total_timesteps=50_000_000, batch_size=16, batch_length=50, buffer_size=2_000_000,
+    model_eps=1e-5, actor_eps=1e-5, critic_eps=1e-5, imag_horizon=15, actor_min_std=0.1,
+    eval_greedy=True)
 SIZES = {  # XXS is ours, for laptops and tests
     "XXS": PAPER | dict(deter=128, hidden=128, units=128, layers=2, depth=8, mlp_units=128,
                         mlp_layers=2, stoch=16, classes=16, batch_length=16, train_ratio=256.0,
@@ -146,19 +152,19 @@ TASKS = {  # the authors' settings for Atari and for DeepMind Control: what --si
 
 @dataclass(frozen=True)
 class Args:
-    """Every setting. Defaults are the paper's, those of None are in the tables above."""
+    """Every setting. Defaults are the authors', those of None are in the tables above."""
 
     # The task (a resume keeps these)
     env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
     num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
     action_repeat: int | None = None  # Times that an action is repeated (None: 4 on Atari, else 1)
     grayscale: bool | None = None  # Images in shades of grey
+    clip_rewards: Literal["none", "tanh", "clip"] | None = None  # How rewards are squashed
     pixels: bool = False  # Observe the rendered picture instead of what the environment gives
-    clip_rewards: Literal["none", "tanh"] | None = None  # What is learnt in the place of rewards
     sticky: float | None = None  # Atari: chance that the last action is repeated
 
-    # The length of a run, its episodes
-    total_timesteps: int = 50_000_000  # Decisions of the agent; frames = timesteps x action repeat
+    # The episodes
+    total_timesteps: int | None = None  # Decisions of the agent; frames = these x action repeat
     max_episode_steps: int = 0  # Time limit, not a terminal, in timesteps (0: environment's own)
     noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
     env_seed: int | None = None  # Seed of every episode of training (one level, one track)
@@ -197,7 +203,7 @@ class Args:
     weight_decay: float = 1e-6  # Share of every weight taken off at each update
 
     # The training: actor and critic
-    imag_horizon: int = 15  # Imagination horizon, H
+    imag_horizon: int | None = None  # Imagination horizon, H
     gamma: float | None = None  # Discount factor
     return_lambda: float = 0.95  # Return lambda
     actor_min_std: float | None = None  # Smallest deviation of a continuous action
@@ -231,7 +237,7 @@ class Args:
     video_every: int = 10_000  # Timesteps between two open-loop videos in TensorBoard (0: none)
     checkpoint_every: int = 5_000  # Timesteps between checkpoints, at most 10 minutes of time
 
-    # Instead of a new run (a resume keeps --offline)
+    # The mode (a resume keeps --offline)
     resume: str = ""  # Run directory to go on with, exactly where it stopped
     evaluate: str = ""  # Run directory whose agent plays fresh episodes; prints every return
     dream: str = ""  # Run directory whose agent's dreams go to RUN_DIR/videos as GIF and PNG
@@ -256,7 +262,7 @@ class Args:
             "actor_grad_mix"}, shares={
             "kl_balance": 1, "weight_decay": 1, "slow_fraction": 1, "sticky": 1,
             "actor_grad_mix": 1, "gamma": 1, "return_lambda": 1})
-        if self.imag_horizon < 2:
+        if (self.imag_horizon or 2) < 2:
             raise UserError("--imag-horizon is 1; returns take at least 2 steps.")
         if self.batch_length < 2:
             raise UserError("--batch-length is 1; a sequence has at least 2 timesteps.")
@@ -450,8 +456,11 @@ class TruncatedNormal(Gaussian):
 
 def draw_truncated(low: Tensor, high: Tensor) -> Tensor:
     """Draw standard normal noise that lies between `low` and `high`, two tensors of one shape."""
+    sign = torch.where(low + high > 0, -1.0, 1.0)  # float32 has its digits in the lower tail
+    low, high = torch.minimum(sign * low, sign * high), torch.maximum(sign * low, sign * high)
     p_low, p_high = torch.special.ndtr(low), torch.special.ndtr(high)
-    return torch.special.ndtri(torch.lerp(p_low, p_high, torch.rand_like(low))).clamp(low, high)
+    noise = torch.special.ndtri(torch.lerp(p_low, p_high, torch.rand_like(low)))
+    return sign * noise.clamp(low, high)
 
 
 class OneHot:
@@ -555,7 +564,7 @@ class Linear(nn.Linear):
     """Linear layer with our initialisation."""
 
     def reset_parameters(self) -> None:
-        """Initialise, in the constructor."""
+        """Initialise; `nn.Linear.__init__` calls this."""
         init_output(self)
 
 
@@ -572,10 +581,11 @@ class Dense(Linear):
 
 
 class SplitDense(Dense):
-    """Dense layer of a concatenation [a, b]: its product is a sum of two, W [a, b] = V a + U b.
+    """Dense layer of a concatenation: its product is a sum of two, W [a, b] = W_a a + W_b b.
 
-    Where b is known for all timesteps in advance, `project` computes U b for all of them at once,
-    and only V a is left for the loop over time.
+    Where b is known for all timesteps in advance, `project` computes W_b b for all of them at once,
+    and only W_a a is left for the loop. Two parameters, since the gradient of a slice of one would
+    be padded with zeros at every step of the loop.
     """
 
     def __init__(self, inputs_a: int, inputs_b: int, outputs: int):
@@ -586,7 +596,7 @@ class SplitDense(Dense):
         self.weight_b = nn.Parameter(weight_b.clone())
 
     def project(self, b: Tensor) -> Tensor:
-        """(..., inputs_b) -> U b, and the bias if there is one (..., outputs)."""
+        """(..., inputs_b) -> W_b b, and the bias if there is one (..., outputs)."""
         return F.linear(b, self.weight_b, self.bias)
 
     def forward(self, a: Tensor, projected_b: Tensor) -> Tensor:
@@ -610,7 +620,11 @@ class Head(nn.Module):
 
     def forward(self, feat: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return self.out(self.mlp(feat)).float()
+        x = self.mlp(feat)
+        if self.out.out_features > 1:
+            return self.out(x).float()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has 3 digits for a number
+            return self.out(x.float())
 
 
 def centre(image: Tensor | None) -> Tensor | None:
@@ -687,7 +701,8 @@ class State(NamedTuple):
 class NormGRUCell(nn.Module):
     """GRU with one LayerNorm over its three gates, from the authors' code. [V2-3]
 
-        r, c, u = split(norm(W [h, x]));   c = tanh(sigmoid(r) c);   h' = u c + (1 - u) h
+        r, c, u = split(norm(W [h, x]))
+        c' = tanh(sigmoid(r) c);   u' = sigmoid(u - 1);   h' = u' c' + (1 - u') h
     """
 
     def __init__(self, inputs: int, units: int):
@@ -698,13 +713,16 @@ class NormGRUCell(nn.Module):
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
         """(B, U) and h_{t-1} (B, D) -> h_t (B, D), in float32."""
         parts = self.norm(self.linear(torch.cat([deter, x.to(deter.dtype)], -1))).float()
-        reset, candidate, update = parts.chunk(3, -1)
-        candidate = torch.tanh(reset.sigmoid() * candidate)
-        return deter.lerp(candidate, (update - 1).sigmoid())  # -1: at first it changes slowly
+        reset, cand, update = parts.chunk(3, -1)
+        # The -1 makes the state change slowly at first.
+        return deter.lerp(torch.tanh(reset.sigmoid() * cand), (update - 1).sigmoid())
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model: the recurrence, the prior and the posterior."""
+    """Recurrent state-space model: the recurrence, the prior and the posterior.
+
+    The authors' names: `img_` is imagination, not image; `obs_` sees the observation, too.
+    """
 
     def __init__(self, args: Args, action_dim: int, embed_dim: int):
         super().__init__()
@@ -814,7 +832,7 @@ class Actor(nn.Module):
         self.discrete = spec.discrete
         self.head = Head(feat_dim, args.units, args.layers, spec.action_dim)
         if not spec.discrete:
-            self.std = Linear(args.units, spec.action_dim)
+            self.std = Linear(args.units, spec.action_dim)  # [V2-11]
         # How much of the gradient comes back through the dynamics, not from REINFORCE. [V2-4]
         self.dynamics = {"auto": float(not spec.discrete), "reinforce": 0.0,
                          "dynamics": 1.0, "both": args.actor_grad_mix}[args.actor_grad]
@@ -866,6 +884,8 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     post, prior = model.rssm.latent(raw), model.rssm.prior(deter)
     feat = torch.cat([deter, stoch], -1)  # (T, B, F)
 
+    reward = {"none": batch.reward, "tanh": batch.reward.tanh(),
+              "clip": batch.reward.clamp(-1, 1)}[args.clip_rewards]  # (T, B)
     losses, metrics = {}, {"latent/post_entropy": post.entropy(),
                            "latent/prior_entropy": prior.entropy()}
     if image is not None:
@@ -873,14 +893,13 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
         losses["image"] = -log_prob.sum((-3, -2, -1))
     if batch.vector is not None:
         losses["vector"] = -Normal(model.decoder.vector(feat)).log_prob(batch.vector).sum(-1)
-    reward = batch.reward.tanh() if args.clip_rewards == "tanh" else batch.reward
     losses["reward"] = -model.reward(feat).log_prob(reward)
     if args.pcont:
         going_on = args.gamma * (~batch.is_terminal).float()  # (T, B)
         losses["cont"] = -args.pcont_scale * model.cont(feat).log_prob(going_on)
     # [V2-2] Both have the same value; they differ in which side learns.
     kl_dyn, kl_rep = post.detach().kl(prior), post.kl(prior.detach())
-    dyn, rep = (kl.mean().clamp(min=args.free_nats) for kl in (kl_dyn, kl_rep))
+    dyn, rep = (mean_over_ranks(kl).clamp(min=args.free_nats) for kl in (kl_dyn, kl_rep))
     losses["kl"] = args.kl_scale * (args.kl_balance * dyn + (1 - args.kl_balance) * rep)
     metrics["latent/kl"] = kl_dyn
     return losses, deter.detach(), stoch.detach(), metrics
@@ -893,7 +912,7 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
     (H, N, A or 2A), from which the losses rebuild the policy without running the actor again.
 
     REINFORCE needs no gradient of the dynamics at all [V2-4]. The actor always sees detached
-    features: it learns from what its actions lead to, not by bending the state.
+    features: its gradient comes through its actions alone.
     """
     feats, actions, raws = [torch.cat([deter, stoch], -1)], [], []
     for _ in range(horizon):
@@ -909,7 +928,7 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_:
     """Lambda-returns of imagined trajectories, one per step, (H, N) or one step less.
 
         R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
-        R_H = next_value_{H-1}                      after the last step: the critic's word
+        R_H = next_value_{H-1}                      after the last step the critic bootstraps
 
     All arguments have the shape of the result and are aligned: what follows from step t stands at
     index t.
@@ -926,9 +945,9 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
                weight: Tensor, dynamics: float, args: Args) -> tuple[Tensor, Tensor]:
     """Loss of the actor as a scalar, and the policy's entropy (G, N). Eq. 6:
         L = -mean w_t ( rho ln pi(a_t|s_t) sg(V_{t+1} - v_t) + (1 - rho) V_{t+1} + eta H[pi(s_t)] )
-    REINFORCE is rho = 1, dynamics rho = 0. The weights w_t are in the authors' code only. Through
-    the dynamics the gradient reaches the actor by reward, discount and value. `ret`, `baseline` and
-    `weight` are (G, N); `dynamics` is 1 - rho.
+    REINFORCE is rho = 1, dynamics rho = 0. That the return is the one of the next state (Eq. 6: of
+    the same) is the authors' code. w_t are the discounts before t, multiplied. Through the dynamics
+    the gradient comes by reward, discount and value. All tensors are (G, N), `dynamics` is 1 - rho.
     """
     objective = ret
     if dynamics < 1:  # [V2-4]
@@ -942,7 +961,7 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
 def critic_loss(value_dist: Normal, ret: Tensor, weight: Tensor) -> Tensor:
     """Loss of the critic as a scalar, with the constant of a normal distribution:
         L = -mean w_t ln p(V_t|s_t) = mean w_t ( 1/2 (v_t - sg(V_t))^2 + const )
-    The weights w_t are in the authors' code only. All tensors have the same shape.
+    All tensors have the same shape; w_t are the discounts before t, multiplied.
     """
     log_prob = value_dist.log_prob(ret.detach())
     return -(weight * log_prob).mean()
@@ -975,7 +994,7 @@ class Optimizer:
         clipped = torch._foreach_mul(grads, self.clip / norm.clamp(min=self.clip))
         torch._foreach_mul_(self.params, 1 - self.decay)  # [V2-9] every weight, biases too
         # Adam with its epsilon beside sqrt(v) before the correction for the start, as TensorFlow
-        # has it: at the first step it counts 30 times less than the same epsilon in PyTorch.
+        # has it: at the first step it counts 30 times more than the same epsilon in PyTorch.
         self.count += 1
         torch._foreach_lerp_(self.mean, clipped, 1 - 0.9)
         torch._foreach_mul_(self.square, 0.999)
@@ -992,7 +1011,7 @@ class Optimizer:
         return {"mean": self.mean, "square": self.square, "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
-        """Undo `state_dict`."""
+        """Load what `state_dict` gave. Learning rates stay those of this call's flags."""
         for ours, saved in zip([*self.mean, *self.square, self.count],
                                [*state["mean"], *state["square"], state["count"]]):
             ours.copy_(saved)
@@ -1187,9 +1206,14 @@ def first_update(args: Args, world: int) -> int:
 
 
 def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
-    """Updates to make now, so that every timestep is replayed `train_ratio` times on average."""
+    """Updates to make now, so that every timestep is replayed `train_ratio` times on average.
+
+    `done` updates were made before; `world` processes share the work.
+    """
     steps, replayed = step - first_update(args, world), args.batch_size * args.batch_length
-    return args.pretrain + int(steps * args.train_ratio / replayed) - done if steps >= 0 else 0
+    if steps < 0:
+        return 0
+    return args.pretrain + int(steps * args.train_ratio / replayed) - done
 
 
 def train(args: Args, run_dir: Path | None) -> None:
@@ -1204,7 +1228,8 @@ def train(args: Args, run_dir: Path | None) -> None:
                   planned=updates_due(args, args.total_timesteps, 0, run.world))
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
-        blank = agent.zero_state(args.batch_size // run.world)  # a window starts with is_first
+        # The state before a window. It has no effect: row 0 of every window is marked is_first.
+        before = agent.zero_state(args.batch_size // run.world)
         while run.step < args.total_timesteps and not run.stopping():
             if not args.offline:
                 random = run.step < first_update(args, run.world)
@@ -1212,9 +1237,10 @@ def train(args: Args, run_dir: Path | None) -> None:
                 action = state.action.cpu().numpy()
                 replay.add(obs, action)  # store
             run.step += args.num_envs * run.world
-            for _ in range(feeder.ready() * updates_due(args, run.step, agent.updates, run.world)):
-                metrics = agent.train_step(feeder.next(), blank)  # train; a GPU works on it while
-                feeder.prepare()  # the next batch is drawn and the environments step
+            due = updates_due(args, run.step, agent.updates, run.world) if feeder.ready() else 0
+            for _ in range(due):
+                metrics = agent.train_step(feeder.next(), before)  # train
+                feeder.prepare()  # draw the next batch while a GPU works on this one
             run.log_and_save(obs, metrics)  # log
             if not args.offline:
                 obs = envs.step(action)  # step

@@ -45,6 +45,7 @@ Time alignment. A row of the replay buffer holds what is known when the action i
                 rewards   r_1 ... r_H  and flags  c_1 ... c_H  from the states 1 ... H
                 actor     [a_0 ... a_{H-1}]   each judged by R_t, the return of its own state
                 weights   w_t = gamma^t c_0 c_1 ... c_t     with c_0 the recorded 1 - is_terminal
+                target    R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})
 
 Symbols (paper -> code), and the sizes that the shape comments name, time-major
     x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
@@ -74,24 +75,25 @@ From the paper:
     [V3-6]  targets and baseline come from the critic itself; its slow copy is an average over
             updates that regularises it. V2 took both from a copy that is up to 100 updates old.
     [V3-7]  the continue head predicts whether the episode goes on, without gamma in its target.
-    [V3-8]  SiLU and LayerNorm everywhere, no bias before a norm: one learning rate for all sizes.
+    [V3-8]  SiLU and LayerNorm everywhere (no bias before a norm: code): one rate for all sizes.
     [V3-9]  the output layers of reward head and critic start at zero. Random first returns would
             teach the actor nonsense.
-    [V3-10] no weight decay, Adam's epsilon in the textbook form, other rates and clips.
+    [V3-10] no weight decay, other rates and clips (Adam's textbook epsilon: code).
+    Windows are drawn uniformly over all rows, across episodes (ours does so in all versions).
 From the authors' code only:
     [V3-11] learned initial state (V2: zeros).
-    [V3-12] 4x4 convolutions with "same" padding, down to 4x4 pixels; other initialisers.
+    [V3-12] 4x4 convolutions with "same" padding, down to 4x4 pixels (paper: 3x3); initialisers.
     [V3-13] squared errors of image and vector without the factor 1/2 of a normal distribution.
     [V3-14] H terms in the actor's loss, an action is judged by the return of the state where it is
             chosen (V2: H - 1, the state it leads to); a terminal start has weight zero.
     [V3-15] continuous actions from a normal (V2: truncated), clipped for model and environment.
 
-Deviation (from the authors' code, danijar/dreamerv3 of June 2023)
+Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
-    * bfloat16 where the hardware has it, by itself. Their Atari-100k setting computes in float32
-      (`--amp off`), their others in float16 with loss scaling. State and acting stay in float32.
-    * The unused prior sample of the replay loop is not drawn.
-    * log1p(|x|) for ln(|x| + 1), and torch's variance in place of E[x^2] - E[x]^2: less rounding.
+    * bfloat16 is the default where the hardware supports it. Their Atari-100k setting computes in
+      float32 (`--amp off`), others in float16 with loss scaling. State and acting stay in float32.
+    * We do not draw the prior sample that their replay loop draws and never uses.
+    * log1p(|x|) for ln(|x| + 1), torch's variance for E[x^2] - E[x]^2 in LayerNorm: less rounding.
     * The first update is due at --learning-starts (theirs: once B * T windows can be sampled).
     * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action.
     * --size XXS is ours, for laptops; their vector networks are 5 x 1024 at any size.
@@ -124,12 +126,12 @@ from common.vector import Envs, EnvStep
 SCRIPT = Path(__file__).stem
 
 # ------------------------------------------------------------------------------------------- 2 Args
-PAPER = dict(  # table B.1
+PAPER = dict(  # vector networks and the schedule of updates are the authors' code's
     gamma=1 - 1 / 333, mlp_units=1024, mlp_layers=5, stoch=32, classes=32, bins=255,
-    batch_size=16, batch_length=64, train_ratio=1024.0, learning_starts=1024, pretrain=1,
-    model_lr=1e-4, model_eps=1e-8, actor_lr=3e-5, actor_eps=1e-5, critic_lr=3e-5, critic_eps=1e-5,
-    actor_entropy=3e-4, actor_min_std=0.1, beta_pred=1.0, buffer_size=1_000_000,
-    grayscale=False, eval_greedy=False)
+    imag_horizon=15, batch_size=16, batch_length=64, train_ratio=1024.0, learning_starts=1024,
+    pretrain=1, total_timesteps=100_000, buffer_size=1_000_000, model_lr=1e-4, model_eps=1e-8,
+    actor_lr=3e-5, actor_eps=1e-5, critic_lr=3e-5, critic_eps=1e-5, actor_entropy=3e-4,
+    actor_min_std=0.1, beta_pred=1.0, grayscale=False, clip_rewards="none", eval_greedy=False)
 SIZES = {  # those of the paper; XXS is ours, for laptops and tests
     "XXS": PAPER | dict(deter=128, hidden=128, units=128, layers=1, depth=8, mlp_units=128,
                         mlp_layers=1),
@@ -143,19 +145,19 @@ SIZES = {  # those of the paper; XXS is ours, for laptops and tests
 
 @dataclass(frozen=True)
 class Args:
-    """Every setting. Defaults are the paper's, those of None are in the tables above."""
+    """Every setting. Defaults are the authors', those of None are in the tables above."""
 
     # The task (a resume keeps these)
     env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
     num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
     action_repeat: int | None = None  # Times that an action is repeated (None: 4 on Atari, else 1)
     grayscale: bool | None = None  # Images in shades of grey
+    clip_rewards: Literal["none", "tanh", "clip"] | None = None  # How rewards are squashed
     pixels: bool = False  # Observe the rendered picture instead of what the environment gives
     image_size: int = 64  # Images are resized to this height and width: a power of two, at least 8
-    clip_rewards: bool = False  # Learn from rewards clipped to [-1, 1]; returns stay as they are
 
-    # The length of a run, its episodes
-    total_timesteps: int = 100_000  # Decisions of the agent; frames = timesteps x action repeat
+    # The episodes
+    total_timesteps: int | None = None  # Decisions of the agent; frames = these x action repeat
     max_episode_steps: int = 0  # Time limit, not a terminal, in timesteps (0: environment's own)
     noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
     env_seed: int | None = None  # Seed of every episode of training (one level, one track)
@@ -194,7 +196,7 @@ class Args:
     free_bits: float = 1.0  # Nats below which a KL loss is not pushed any further
 
     # The training: actor and critic
-    imag_horizon: int = 15  # Imagination horizon, H
+    imag_horizon: int | None = None  # Imagination horizon, H
     gamma: float | None = None  # Discount factor
     return_lambda: float = 0.95  # Return lambda
     actor_min_std: float | None = None  # Smallest deviation of a continuous action
@@ -232,7 +234,7 @@ class Args:
     video_every: int = 10_000  # Timesteps between two open-loop videos in TensorBoard (0: none)
     checkpoint_every: int = 5_000  # Timesteps between checkpoints, at most 10 minutes of time
 
-    # Instead of a new run (a resume keeps --offline)
+    # The mode (a resume keeps --offline)
     resume: str = ""  # Run directory to go on with, exactly where it stopped
     evaluate: str = ""  # Run directory whose agent plays fresh episodes; prints every return
     dream: str = ""  # Run directory whose agent's dreams go to RUN_DIR/videos as GIF and PNG
@@ -257,6 +259,8 @@ class Args:
             "critic_ema_regularizer", "return_norm_low", "return_norm_decay"}, shares={
             "unimix": 1, "critic_ema_decay": 1, "return_norm_decay": 1, "return_norm_low": 100,
             "return_norm_high": 100, "gamma": 1, "return_lambda": 1})
+        if self.actor_min_std > self.actor_max_std or self.return_norm_low > self.return_norm_high:
+            raise UserError("--actor-min-std and --return-norm-low must be below their maximum.")
         if self.bins < 2:
             raise UserError("--bins is 1; a number lies between two of them.")
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
@@ -284,7 +288,7 @@ class Args:
     def env_config(self) -> EnvConfig:
         """What it takes to build one environment."""
         return EnvConfig(self.env_id, self.image_size, self.grayscale, self.action_repeat,
-                         self.max_episode_steps, self.noop_max, self.clip_rewards,
+                         self.max_episode_steps, self.noop_max,
                          render=self.capture_video, pixels=self.pixels)
 
 
@@ -416,7 +420,7 @@ class OneHot:
 
     @cached_property
     def logits(self) -> Tensor:
-        """Log-probabilities (..., K), finite: with unimix 0 they are taken before the softmax."""
+        """Log-probabilities (..., K); with unimix 0 a probability can be 0, but its log may not."""
         return self.probs.log() if self.unimix else self.raw.log_softmax(-1)
 
     def sample(self) -> Tensor:
@@ -499,7 +503,7 @@ class TwoHot:
 
     def mean(self) -> Tensor:
         """symexp(sum_i p_i b_i) (...): the mean is taken in symlog space, then transformed."""
-        with torch.autocast(self.logits.device.type, enabled=False):  # a product in float32
+        with torch.autocast(self.logits.device.type, enabled=False):  # bfloat16 is too coarse
             return symexp(self.logits.softmax(-1) @ self.buckets)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -525,23 +529,24 @@ class TwoHot:
 def within_unit(action: Tensor) -> Tensor:
     """a / max(1, |a|): the value of clipping to [-1, 1], with gradient 1 / max(1, |a|). [V3-15]
 
-    From the authors' code: the actor's normal has no bounds, but the model must see actions as the
-    environment does, and an actor outside of the bounds must still be pulled back.
+    From the authors' code: the environment clips actions, so the model must see clipped ones; a
+    plain clip has no gradient outside of the bounds and could never bring the actor back.
     """
     return action / action.detach().abs().clamp(min=1)
 
 
 # ------------------------------------------------------------------------ 5 encoder, decoder, heads
-def init_hidden(layer: nn.Module) -> None:
+def init_hidden(layer: nn.Module) -> nn.Module:
     """Truncated normal whose variance is 1 / average fan (Xavier), cut at two sigma. [V3-12]
 
     From the authors' code: 0.8796 is the standard deviation that is left after the cut.
     """
     std = math.sqrt(1 / average_fan(layer.weight)) / 0.87962566103423978
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    return layer
 
 
-def init_output(layer: nn.Module) -> None:
+def init_output(layer: nn.Module) -> nn.Module:
     """Uniform with variance 1 / average fan, bias 0; from the authors' code. [V3-12]
 
     For every layer without a norm: heads, the statistics of prior and posterior, and the first and
@@ -550,6 +555,7 @@ def init_output(layer: nn.Module) -> None:
     limit = math.sqrt(3 / average_fan(layer.weight))
     nn.init.uniform_(layer.weight, -limit, limit)
     nn.init.zeros_(layer.bias)
+    return layer
 
 
 def average_fan(weight: Tensor) -> float:
@@ -572,7 +578,7 @@ class Linear(nn.Linear):
     """Linear layer with our initialisation."""
 
     def reset_parameters(self) -> None:
-        """Initialise, in the constructor."""
+        """Initialise; `nn.Linear.__init__` calls this."""
         init_output(self)
 
 
@@ -584,7 +590,7 @@ class Dense(Linear):
         self.norm = Norm(outputs)
 
     def reset_parameters(self) -> None:
-        """Initialise, in the constructor."""
+        """Initialise; `nn.Linear.__init__` calls this."""
         init_hidden(self)
 
     def activate(self, x: Tensor) -> Tensor:
@@ -597,10 +603,11 @@ class Dense(Linear):
 
 
 class SplitDense(Dense):
-    """Dense layer of a concatenation [a, b]: its product is a sum of two, W [a, b] = V a + U b.
+    """Dense layer of a concatenation: its product is a sum of two, W [a, b] = W_a a + W_b b.
 
-    Where b is known for all timesteps in advance, `project` computes U b for all of them at once,
-    and only V a is left for the loop over time.
+    Where b is known for all timesteps in advance, `project` computes W_b b for all of them at once,
+    and only W_a a is left for the loop. Two parameters, since the gradient of a slice of one would
+    be padded with zeros at every step of the loop.
     """
 
     def __init__(self, inputs_a: int, inputs_b: int, outputs: int):
@@ -611,7 +618,7 @@ class SplitDense(Dense):
         self.weight_b = nn.Parameter(weight_b.clone())
 
     def project(self, b: Tensor) -> Tensor:
-        """(..., inputs_b) -> U b, and the bias if there is one (..., outputs)."""
+        """(..., inputs_b) -> W_b b, and the bias if there is one (..., outputs)."""
         return F.linear(b, self.weight_b, self.bias)
 
     def forward(self, a: Tensor, projected_b: Tensor) -> Tensor:
@@ -635,7 +642,11 @@ class Head(nn.Module):
 
     def forward(self, feat: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
-        return self.out(self.mlp(feat)).float()
+        x = self.mlp(feat)
+        if self.out.out_features > 1:
+            return self.out(x).float()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has 3 digits for a number
+            return self.out(x.float())
 
 
 class ChannelNorm(Norm):
@@ -672,8 +683,7 @@ class Encoder(nn.Module):
             stages = int(math.log2(args.image_size // 4))  # each halves the image, down to 4 x 4
             widths = [spec.image_shape[-1]] + [args.depth * 2**i for i in range(stages)]
             for inputs, outputs in zip(widths, widths[1:]):  # [V3-12]
-                conv = nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
-                init_hidden(conv)
+                conv = init_hidden(nn.Conv2d(inputs, outputs, 4, 2, padding=1, bias=False))
                 self.cnn.extend([conv, ChannelNorm(outputs), nn.SiLU()])
             self.embed_dim += 4 * 4 * widths[-1]
         if spec.vector_dim:
@@ -703,11 +713,9 @@ class Decoder(nn.Module):
             stages = int(math.log2(args.image_size // 4))
             widths = [args.depth * 2**i for i in reversed(range(stages))] + [spec.image_shape[-1]]
             for inputs, outputs in zip(widths[:-1], widths[1:-1]):  # [V3-12]
-                conv = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=False)
-                init_hidden(conv)
+                conv = init_hidden(nn.ConvTranspose2d(inputs, outputs, 4, 2, padding=1, bias=False))
                 self.cnn.extend([conv, ChannelNorm(outputs), nn.SiLU()])
-            self.cnn.append(nn.ConvTranspose2d(widths[-2], widths[-1], 4, stride=2, padding=1))
-            init_output(self.cnn[-1])
+            self.cnn.append(init_output(nn.ConvTranspose2d(*widths[-2:], 4, stride=2, padding=1)))
             self.cnn_in = Linear(feat_dim, self.start**2 * widths[0])
         if spec.vector_dim:
             self.vector_head = Head(feat_dim, args.mlp_units, args.mlp_layers, spec.vector_dim)
@@ -735,25 +743,28 @@ class State(NamedTuple):
 class NormGRUCell(nn.Module):
     """GRU with one LayerNorm over its three gates, from the authors' code. [V2-3]
 
-        r, c, u = split(norm(W [h, x]));   c = tanh(sigmoid(r) c);   h' = u c + (1 - u) h
+        r, c, u = split(norm(W [h, x]))
+        c' = tanh(sigmoid(r) c);   u' = sigmoid(u - 1);   h' = u' c' + (1 - u') h
     """
 
     def __init__(self, inputs: int, units: int):
         super().__init__()
         self.norm = Norm(3 * units)
-        self.linear = nn.Linear(units + inputs, 3 * units, bias=False)
-        init_hidden(self.linear)
+        self.linear = init_hidden(nn.Linear(units + inputs, 3 * units, bias=False))
 
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
         """(B, U) and h_{t-1} (B, D) -> h_t (B, D), in float32."""
         parts = self.norm(self.linear(torch.cat([deter, x.to(deter.dtype)], -1))).float()
-        reset, candidate, update = parts.chunk(3, -1)
-        candidate = torch.tanh(reset.sigmoid() * candidate)
-        return deter.lerp(candidate, (update - 1).sigmoid())  # -1: at first it changes slowly
+        reset, cand, update = parts.chunk(3, -1)
+        # The -1 makes the state change slowly at first.
+        return deter.lerp(torch.tanh(reset.sigmoid() * cand), (update - 1).sigmoid())
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model: the recurrence, the prior and the posterior."""
+    """Recurrent state-space model: the recurrence, the prior and the posterior.
+
+    The authors' names: `img_` is imagination, not image; `obs_` sees the observation, too.
+    """
 
     def __init__(self, args: Args, action_dim: int, embed_dim: int):
         super().__init__()
@@ -864,7 +875,7 @@ class Actor(nn.Module):
         self.discrete = spec.discrete
         self.head = Head(feat_dim, args.units, args.layers, spec.action_dim)
         if not spec.discrete:
-            self.std = Linear(args.units, spec.action_dim)
+            self.std = Linear(args.units, spec.action_dim)  # [V2-11]
         # How much of the gradient comes back through the dynamics, not from REINFORCE. [V2-4]
         self.dynamics = {"auto": float(not spec.discrete), "reinforce": 0.0,
                          "dynamics": 1.0}[args.actor_grad]
@@ -937,6 +948,8 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     post, prior = model.rssm.latent(raw), model.rssm.prior(deter)
     feat = torch.cat([deter, stoch], -1)  # (T, B, F)
 
+    reward = {"none": batch.reward, "tanh": batch.reward.tanh(),
+              "clip": batch.reward.clamp(-1, 1)}[args.clip_rewards]  # (T, B)
     losses, metrics = {}, {"latent/post_entropy": post.entropy(),
                            "latent/prior_entropy": prior.entropy()}
     if image is not None:  # [V3-13]
@@ -944,9 +957,9 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
         losses["image"] = args.beta_pred * squared.sum((-3, -2, -1))
     if batch.vector is not None:  # [V3-1] Eq. 1  [V3-13]
         error = (model.decoder.vector(feat) - symlog(batch.vector)).square()  # (T, B, V)
-        close = error < 1e-8  # from the authors' code: near enough is right
+        close = error < 1e-8  # the authors' code counts this as no error
         losses["vector"] = args.beta_pred * error.masked_fill(close, 0).sum(-1)
-    losses["reward"] = -args.beta_pred * model.reward(feat).log_prob(batch.reward)
+    losses["reward"] = -args.beta_pred * model.reward(feat).log_prob(reward)
     going_on = (~batch.is_terminal).float()  # (T, B) [V3-7]
     losses["cont"] = -args.beta_pred * model.cont(feat).log_prob(going_on)
     # [V3-2] Both have the same value; they differ in which side learns.
@@ -964,7 +977,7 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
     (H, N, A or 2A), from which the losses rebuild the policy without running the actor again.
 
     REINFORCE needs no gradient of the dynamics at all [V2-4]. The actor always sees detached
-    features: it learns from what its actions lead to, not by bending the state.
+    features: its gradient comes through its actions alone.
     """
     feats, actions, raws = [torch.cat([deter, stoch], -1)], [], []
     for _ in range(horizon):
@@ -980,7 +993,7 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_:
     """Lambda-returns of imagined trajectories, one per step, (H, N) or one step less.
 
         R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
-        R_H = next_value_{H-1}                      after the last step: the critic's word
+        R_H = next_value_{H-1}                      after the last step the critic bootstraps
 
     All arguments have the shape of the result and are aligned: what follows from step t stands at
     index t.
@@ -1057,7 +1070,7 @@ class Optimizer:
         return self.adam.state_dict()["state"]
 
     def load_state_dict(self, state: dict) -> None:
-        """Undo `state_dict`."""
+        """Load what `state_dict` gave. Learning rates stay those of this call's flags."""
         self.adam.load_state_dict(self.adam.state_dict() | {"state": state})
 
 
@@ -1118,7 +1131,7 @@ class Agent(nn.Module):
                 cont = model.cont(feat[1:]).mode()  # (H, N) [V3-7]
                 slow_value = self.slow_critic(feat[:-1]).mean()  # (H, N)
 
-        # Returns: what follows from state t is r_{t+1} and c_{t+1} here, r_t and c_t in Eq. 7
+        # Returns: r_{t+1} and c_{t+1} follow from state t; Eq. 7 has r_t and c_t for the same
         alive = (~batch.is_terminal).float().flatten()  # (N,) [V2-7] [V3-14]
         discount = args.gamma * cont  # (H, N)
         weight = torch.cat([alive[None], discount[:-1]]).cumprod(0)  # (H, N)
@@ -1144,7 +1157,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:
-        """Move the slow critic to the critic; the first time, all the way. [V2-6] [V3-6]"""
+        """Move the slow critic towards the critic; the first time, all the way. [V2-6] [V3-6]"""
         rate = 1.0 if self.updates == 0 else 1 - self.args.critic_ema_decay
         slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
         torch._foreach_lerp_(slow, fast, rate)
@@ -1248,9 +1261,14 @@ def first_update(args: Args, world: int) -> int:
 
 
 def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
-    """Updates to make now, so that every timestep is replayed `train_ratio` times on average."""
+    """Updates to make now, so that every timestep is replayed `train_ratio` times on average.
+
+    `done` updates were made before; `world` processes share the work.
+    """
     steps, replayed = step - first_update(args, world), args.batch_size * args.batch_length
-    return args.pretrain + int(steps * args.train_ratio / replayed) - done if steps >= 0 else 0
+    if steps < 0:
+        return 0
+    return args.pretrain + int(steps * args.train_ratio / replayed) - done
 
 
 def train(args: Args, run_dir: Path | None) -> None:
@@ -1265,7 +1283,8 @@ def train(args: Args, run_dir: Path | None) -> None:
                   planned=updates_due(args, args.total_timesteps, 0, run.world))
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
-        blank = agent.zero_state(args.batch_size // run.world)  # a window starts with is_first
+        # The state before a window. It has no effect: row 0 of every window is marked is_first.
+        before = agent.zero_state(args.batch_size // run.world)
         while run.step < args.total_timesteps and not run.stopping():
             if not args.offline:
                 random = run.step < first_update(args, run.world)
@@ -1273,9 +1292,10 @@ def train(args: Args, run_dir: Path | None) -> None:
                 action = state.action.cpu().numpy()
                 replay.add(obs, action)  # store
             run.step += args.num_envs * run.world
-            for _ in range(feeder.ready() * updates_due(args, run.step, agent.updates, run.world)):
-                metrics = agent.train_step(feeder.next(), blank)  # train; a GPU works on it while
-                feeder.prepare()  # the next batch is drawn and the environments step
+            due = updates_due(args, run.step, agent.updates, run.world) if feeder.ready() else 0
+            for _ in range(due):
+                metrics = agent.train_step(feeder.next(), before)  # train
+                feeder.prepare()  # draw the next batch while a GPU works on this one
             run.log_and_save(obs, metrics)  # log
             if not args.offline:
                 obs = envs.step(action)  # step

@@ -1,118 +1,271 @@
 """Does it learn? Runs the README's commands on several seeds and writes down what came of it.
 
-    python benchmarks/learning.py --task cartpole --seeds 1 2 3      train and evaluate each seed
-    python benchmarks/learning.py --table --write                    results into the README
+    python benchmarks/learning.py --parallel 2                   every script, task and seed
+    python benchmarks/learning.py --scripts dreamer_v2 --tasks cartpole --seeds 1
+    python benchmarks/learning.py --table --write                results into the README
 
-Every run is the command that a user types, in a process of its own; its result is committed whatever
-it is: command, commit, machine, wall time of the training, and every return of the evaluation.
+Every run is the command that a user types, in a process of its own, on one thread, on a copy of the
+code as it is at the start. Its result is kept whatever it is, in results/learning_*.json, with the
+learning curve beside it as CSV. Start it again after a break: what this code has done already is
+left out. A run that its time limit stops is evaluated all the same; the table says so, and it
+is run anew the next time.
 """
 
+import csv
+import hashlib
 import json
+import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
+from speed import HERE, git, machine, switch, write_between
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent)]
-from benchmarks.speed import machine  # noqa: E402
-
-TASKS = {  # what a user types: the flags behind `python dreamer_v3.py`, and the mean return to reach
-    "cartpole": ("--env-id CartPole-v1 --action-repeat 3 --discount-horizon 30 --size XXS "
-                 "--mlp-units 1024 --stoch 16 --classes 16 --bins 63 --batch-length 16 "
-                 "--train-ratio 256 --beta-pred 5 --model-lr 5e-4 --actor-lr 3e-4 "
-                 "--critic-lr 5e-4 --total-timesteps 7500 --threads 1", 450),
-    "pendulum": ("--env-id Pendulum-v1 --total-timesteps 6000 --size XXS --stoch 8 --classes 8 "
-                 "--batch-length 32 --train-ratio 128 --model-lr 5e-4 --actor-lr 3e-4 "
-                 "--critic-lr 5e-4 --threads 1", -250),
+TARGETS = {"cartpole": 450, "pendulum": -250}  # mean return of the evaluation
+COMMANDS = {  # what a user types behind `python SCRIPT.py`
+    "dreamer_v3": {
+        "cartpole": "--env-id CartPole-v1 --action-repeat 3 --gamma 0.9667 --size XXS "
+                    "--mlp-units 1024 --stoch 16 --classes 16 --bins 63 --batch-length 16 "
+                    "--train-ratio 256 --beta-pred 5 --model-lr 5e-4 --actor-lr 3e-4 "
+                    "--critic-lr 5e-4 --total-timesteps 7500 --threads 1",
+        "pendulum": "--env-id Pendulum-v1 --total-timesteps 6000 --size XXS --stoch 8 "
+                    "--classes 8 --batch-length 32 --train-ratio 128 --model-lr 5e-4 "
+                    "--actor-lr 3e-4 --critic-lr 5e-4 --threads 1",
+    },
+    "dreamer_v2": {
+        "cartpole": "--env-id CartPole-v1 --size XXS --total-timesteps 7500 --threads 1",
+        "pendulum": "--env-id Pendulum-v1 --size XXS --total-timesteps 6000 --threads 1",
+    },
+    "dreamer_v1": {
+        "cartpole": "--env-id CartPole-v1 --size XXS --total-timesteps 7500 --threads 1",
+        "pendulum": "--env-id Pendulum-v1 --size XXS --total-timesteps 6000 --threads 1",
+    },
 }
 MARKS = ("<!-- laptop:begin -->", "<!-- laptop:end -->")
+PATIENCE = 900  # seconds for a run that was told to stop; V1 makes 100 updates at once
 
 
 @dataclass(frozen=True)
 class Options:
     """What to run."""
 
-    task: Literal[tuple(TASKS)] = "cartpole"
-    """Which of the README's commands."""
+    scripts: tuple[Literal[tuple(COMMANDS)], ...] = tuple(COMMANDS)
+    """Which agents."""
+    tasks: tuple[Literal[tuple(TARGETS)], ...] = tuple(TARGETS)
+    """Which tasks."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run each."""
+    parallel: int = 1
+    """Runs at the same time; each has one thread."""
+    limit: float = 60.0
+    """Minutes after which a run is stopped and evaluated as it is."""
     episodes: int = 20
     """Episodes of the evaluation."""
-    runs_dir: str = "runs"
-    """Where the run directories go."""
+    runs_dir: str = "runs/learning"
+    """Where run directories and the output of each run go."""
+    keep: bool = False
+    """Also leave out what older code or other flags have a result for."""
+    note: str = ""
+    """Kept with the results, e.g. "busy machine"."""
     table: bool = False
     """Only print the table of the results that are there."""
     write: bool = False
-    """Put the table into the README."""
+    """With --table: into README.md, between its marks."""
 
 
-def call(flags: str) -> tuple[str, float]:
-    """Output and wall time in seconds of one command of the script."""
-    start = time.perf_counter()
-    command = [sys.executable, str(HERE.parent / "dreamer_v3.py"), *shlex.split(flags)]
-    done = subprocess.run(command, text=True, capture_output=True)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)} failed:\n{done.stderr}")
-    return done.stdout, time.perf_counter() - start
+@dataclass(frozen=True)
+class Code:
+    """A copy of scripts and common/ that nobody edits while the runs go on."""
+
+    folder: Path
+    commit: str
+    digest: str
+
+    @classmethod
+    def copy(cls, folder: Path) -> "Code":
+        """Take the copy; its name is a digest of its content."""
+        files = sorted([*HERE.parent.glob("dreamer_v*.py"), *HERE.parent.glob("common/*.py")])
+        changed = git("status", "--porcelain", "--", *map(str, files))
+        content = {path.relative_to(HERE.parent): path.read_bytes() for path in files}
+        digest = hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+        for name, text in content.items():
+            (folder / digest / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / digest / name).write_bytes(text)
+        return cls(folder / digest, git("rev-parse", "HEAD") + "-dirty" * bool(changed), digest)
+
+    def digest_of(self, script: str) -> str:
+        """What a result of `script` depends on: this script and common/."""
+        paths = [self.folder / f"{script}.py", *sorted(self.folder.glob("common/*.py"))]
+        return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
-def git(*command: str) -> str:
-    """Output of a git command in this repository."""
-    return subprocess.run(["git", *command], cwd=HERE, text=True, capture_output=True).stdout.strip()
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    script: str
+    task: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its result."""
+        return f"{self.script}_{self.task}_{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        """Where its result goes; the curve goes beside it."""
+        return HERE / "results" / f"learning_{self.name}.json"
+
+    @property
+    def flags(self) -> str:
+        """What a user types behind the script."""
+        return f"{COMMANDS[self.script][self.task]} --seed {self.seed}"
+
+    def is_done(self, options: Options, code: Code) -> bool:
+        """Whether there is a result, by this code and these flags unless --keep."""
+        if options.keep or not self.result.exists():
+            return self.result.exists()
+        found = json.loads(self.result.read_text())
+        return (found["code"] == code.digest_of(self.script) and not found["stopped_by_limit"]
+                and found["command"] == f"python {self.script}.py {self.flags}")
 
 
-def run(options: Options, seed: int) -> None:
-    """Train and evaluate one seed; write benchmarks/results/learning_TASK_SEED.json."""
-    flags, target = TASKS[options.task]
-    changed = git("status", "--porcelain", "--", "../dreamer_v3.py", "../common")
-    commit = git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    output, seconds = call(f"{flags} --seed {seed} --runs-dir {options.runs_dir}")
-    run_dir = re.search(r"run directory: (.*)", output)[1]
-    evaluation, _ = call(f"--evaluate {run_dir} --eval-episodes {options.episodes} --eval-mode")
+def call(code: Code, script: str, flags: str, log: Path, limit: float) -> tuple[str, bool]:
+    """Output of one command of a script, and whether it was stopped after `limit` seconds."""
+    command = [sys.executable, str(code.folder / f"{script}.py"), *shlex.split(flags)]
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)  # it saves its state and ends
+            process.wait(PATIENCE)
+            return log.read_text(), True
+        finally:
+            process.kill()
+    if process.returncode:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{log.read_text()[-2000:]}")
+    return log.read_text(), False
+
+
+def run(job: Job, options: Options, code: Code) -> dict:
+    """Train and evaluate; write the result and the curve."""
+    folder, start = Path(options.runs_dir).resolve(), time.perf_counter()
+    output, stopped = call(code, job.script, f"{job.flags} --runs-dir {folder}",
+                           folder / f"{job.name}.log", 60 * options.limit)
+    minutes = (time.perf_counter() - start) / 60
+    run_dir = Path(re.search(r"run directory: (.*)", output)[1])
+    greedy = switch(code.folder / f"{job.script}.py", "eval-greedy", True)
+    evaluation, _ = call(
+        code, job.script, f"--evaluate {run_dir} --eval-episodes {options.episodes} {greedy}",
+        folder / f"{job.name}_evaluation.log", 60 * options.limit)
     returns = [float(value) for value in re.findall(r"return (\S+),", evaluation)]
-    record = {"command": f"python dreamer_v3.py {flags} --seed {seed}", "commit": commit,
-              "machine": machine(), "training_minutes": round(seconds / 60, 1), "target": target,
-              "mean": statistics.mean(returns), "returns": returns}
-    path = HERE / "results" / f"learning_{options.task}_{seed}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{options.task} seed {seed}: mean {record['mean']:.1f} after {seconds / 60:.1f} minutes")
+    timesteps, updates = progress(run_dir)
+    total = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
+    if timesteps < total and not stopped:
+        raise RuntimeError(f"interrupted after {timesteps} of {total} timesteps")
+    record = {"command": f"python {job.script}.py {job.flags}", "commit": code.commit,
+              "code": code.digest_of(job.script), "machine": machine(), "note": options.note,
+              "parallel": options.parallel, "target": TARGETS[job.task],
+              "stopped_by_limit": stopped, "minutes": round(minutes, 1), "timesteps": timesteps,
+              "updates": updates, "mean": statistics.mean(returns), "worst": min(returns),
+              "best": max(returns), "returns": returns}
+    job.result.write_text(json.dumps(record, indent=1) + "\n")
+    write_curve(run_dir, job.result.with_suffix(".csv"))
+    return record
+
+
+def progress(run_dir: Path) -> tuple[int, int]:
+    """Timesteps and updates of a run, from its checkpoint."""
+    import torch  # takes seconds
+    saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    return saved["step"], saved["updates"]
+
+
+def write_curve(run_dir: Path, path: Path) -> None:
+    """The return of every training episode."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["timesteps", "return"])
+        if "charts/episodic_return" in events.Tags()["scalars"]:
+            writer.writerows((event.step, f"{event.value:g}")
+                             for event in events.Scalars("charts/episodic_return"))
+
+
+def attempt(job: Job, options: Options, code: Code) -> bool:
+    """Run and report; a run that fails does not stop the others."""
+    try:
+        found = run(job, options, code)
+    except Exception as error:  # whatever it is, it is reported, and the others go on
+        print(f"{job.name}: {error!r}", flush=True)
+        return False
+    print(f"{job.name}: mean {found['mean']:.1f} (worst {found['worst']:.1f}, best "
+          f"{found['best']:.1f}), {found['updates']} updates in {found['minutes']:.1f} minutes"
+          f"{', stopped by the limit' * found['stopped_by_limit']}", flush=True)
+    return True
+
+
+def run_all(options: Options) -> bool:
+    """All runs that have no result yet; returns whether none failed."""
+    folder = Path(options.runs_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    code = Code.copy(folder / "code")
+    jobs = [Job(script, task, seed) for seed in options.seeds for task in options.tasks
+            for script in options.scripts]
+    todo = [job for job in jobs if not job.is_done(options, code)]
+    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done; output: {folder}", flush=True)
+    with ThreadPoolExecutor(options.parallel) as pool:
+        return all(list(pool.map(lambda job: attempt(job, options, code), todo)))
 
 
 def table() -> str:
-    """Markdown: the commands, and one row per committed result."""
-    parts, rows = [], ["| task | seed | mean of evaluation (target) | worst, best | minutes | commit |",
-                       "|---|---|---|---|---|---|"]
-    for task, (flags, _) in TASKS.items():
-        parts.append(f"    python dreamer_v3.py {flags}")
-        for path in sorted(HERE.glob(f"results/learning_{task}_*.json")):
-            found = json.loads(path.read_text())
-            rows.append(f"| {task} | {path.stem.split('_')[-1]} | {found['mean']:.1f} "
-                        f"({found['target']}) | {min(found['returns']):.0f}, "
-                        f"{max(found['returns']):.0f} | {found['training_minutes']} | "
-                        f"{found['commit'][:9]} |")
-    return "\n".join([*parts, "", *rows])
+    """Markdown: the commands, and one row per script and task."""
+    commands, rows = [], []
+    for script, tasks in COMMANDS.items():
+        for task, flags in tasks.items():
+            paths = sorted(HERE.glob(f"results/learning_{script}_{task}_*.json"))
+            found = {path.stem.split("_")[-1]: json.loads(path.read_text()) for path in paths}
+            commands.append(f"    python {script}.py {flags}")
+            if found:
+                rows.append(row(script, task, found))
+    head = ["script", "task", "mean return by seed", "target", "worst episode", "minutes", "commit"]
+    return "\n".join([*commands, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+
+
+def row(script: str, task: str, found: dict[str, dict]) -> str:
+    """One row; `found` holds the results by seed."""
+    means = ", ".join(f"{seed}: {record['mean']:.1f}"
+                      f"{' (stopped early)' * record['stopped_by_limit']}"
+                      for seed, record in found.items())
+    minutes = [round(record["minutes"]) for record in found.values()]
+    commits = {record["commit"][:9] + record["commit"][40:] for record in found.values()}
+    cells = [script, task, means, TARGETS[task],
+             f"{min(record['worst'] for record in found.values()):.0f}",
+             " to ".join(map(str, sorted({min(minutes), max(minutes)}))), ", ".join(sorted(commits))]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
     """Run the seeds, or make the table."""
     options = tyro.cli(Options, description=__doc__)
     if not options.table:
-        for seed in options.seeds:
-            run(options, seed)
-        return
+        sys.exit(0 if run_all(options) else 1)
     print(table())
     if options.write:
-        readme = HERE.parent / "README.md"
-        before, rest = readme.read_text().split(MARKS[0])
-        readme.write_text(f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+        write_between(MARKS, table())
 
 
 if __name__ == "__main__":

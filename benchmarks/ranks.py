@@ -7,6 +7,7 @@ Both are started by torchrun, one after the other, again and again; each process
 that two of them can be twice as fast only if two cores are free. On GPUs each process takes one.
 """
 
+import importlib
 import json
 import os
 import statistics
@@ -14,29 +15,29 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 import tyro
+from side import synthetic_batch
+from speed import SHAPES, save, start_record
+from speed import Options as Speed
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import dreamer_v3  # noqa: E402
-from benchmarks.side import synthetic_batch  # noqa: E402
-from benchmarks.speed import TINY, save, start_record  # noqa: E402
-from common import runs  # noqa: E402
-from common.envs import EnvSpec  # noqa: E402
+from common import devices
+from common.envs import EnvSpec
 
 
 @dataclass(frozen=True)
 class Options:
     """What to measure."""
 
-    size: Literal["tiny", "XXS", "XS", "S"] = "tiny"
+    script: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3"] = "dreamer_v3"
+    """Which agent; batch, images and actions are those of speed.py."""
+    size: Literal["tiny", "XXS", "XS", "S", "paper"] = "tiny"
     """Networks; tiny is that of speed.py."""
     batch_size: int = 16
-    """Sequences of 64 timesteps in the whole batch."""
+    """Sequences in the whole batch."""
     rounds: int = 3
     """Starts of each number of processes."""
     updates: int = 5
@@ -49,22 +50,33 @@ class Options:
     """One of the processes; torchrun sets this."""
 
 
+def make_agent(options: Options, device: torch.device):
+    """The script, and an agent of this size for the images and actions of speed.py."""
+    script, shape = importlib.import_module(options.script), SHAPES[options.script]
+    size = {"setting": "tiny"} if options.size == "tiny" else {"size": options.size}
+    args = script.Args(**Speed(script=options.script, **size).sizes)
+    if hasattr(script, "TASKS"):
+        script.fill(args, script.TASKS["discrete" if shape["discrete"] else "continuous"])
+    spec = EnvSpec((64, 64, shape["channels"]), 0, shape["actions"], shape["discrete"])
+    return script, script.Agent(args, spec, device)
+
+
 def work(options: Options) -> None:
     """Train on this process's share of the batch; rank 0 prints the seconds of every update."""
     torch.set_num_threads(1)
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world, local = runs.setup_distributed(accelerator)
-    runs.seed_everything(0, False)
-    runs.keep_freed_memory()
-    sizes = TINY if options.size == "tiny" else dict(size=options.size)
+    rank, world, local = devices.setup_distributed(accelerator)
+    devices.seed_everything(0, False)
+    devices.keep_freed_memory()
     device = torch.device(accelerator, local) if accelerator == "cuda" else torch.device("cpu")
-    agent = dreamer_v3.Agent(dreamer_v3.Args(**sizes), EnvSpec((64, 64, 3), 0, 9, True), device)
-    arrays = synthetic_batch(64, options.batch_size // world, 9)
+    script, agent = make_agent(options, device)
+    shape, rows = SHAPES[options.script], options.batch_size // world
+    arrays = synthetic_batch(shape["batch_length"], rows, shape)
     tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-    batch, seconds = dreamer_v3.Batch(vector=None, **tensors), []
+    batch, carry, seconds = script.Batch(vector=None, **tensors), agent.zero_state(rows), []
     for _ in range(2 + options.updates):
         start = time.perf_counter()
-        agent.train_step(batch, agent.blank_state(options.batch_size // world))
+        agent.train_step(batch, carry)
         if accelerator == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -76,8 +88,9 @@ def work(options: Options) -> None:
 def start(options: Options, processes: int) -> float:
     """Median seconds per update of this many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               str(processes), __file__, "--worker", "--size", options.size, "--batch-size",
-               str(options.batch_size), "--updates", str(options.updates)]
+               str(processes), __file__, "--worker", "--script", options.script, "--size",
+               options.size, "--batch-size", str(options.batch_size), "--updates",
+               str(options.updates)]
     done = subprocess.run(command, text=True, capture_output=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     lines = [line for line in done.stdout.splitlines() if line.startswith("seconds")]

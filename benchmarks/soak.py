@@ -4,8 +4,8 @@
     python benchmarks/soak.py --minutes 1
     python benchmarks/soak.py --flags "--num-envs 2 --video-every 500"
 
-Growth is the mean of the last fifth of the run over the mean of the second fifth; the first fifth is
-warm-up. `anonymous` is what the process really owns. `resident` also counts pages of the replay
+Growth is the mean of the last fifth of the run over the mean of the second fifth; the first is for
+warming up. `anonymous` is what the process really owns. `resident` also counts pages of the replay
 files that happen to be mapped: they are dropped at each checkpoint, and the kernel takes them back
 when it needs room. Linux only (/proc).
 """
@@ -23,6 +23,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -36,7 +37,7 @@ class Options:
 
     minutes: float = 30.0
     """Length of the run."""
-    script: str = "dreamer_v3"
+    script: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3"] = "dreamer_v3"
     """Which agent."""
     every: float = 2.0
     """Seconds between two samples."""
@@ -49,7 +50,7 @@ class Options:
 # Small batches, so that much happens in a minute, and so that what an update needs for a moment
 # does not hide what is never given back.
 SETTING = """--env-id CartPole-v1 --size XXS --train-ratio 16 --batch-size 4 --batch-length 16
-    --horizon 5 --learning-starts 128 --total-timesteps 100000000 --buffer-size 1000000
+    --imag-horizon 5 --learning-starts 128 --total-timesteps 100000000 --buffer-size 1000000
     --log-every 100 --video-every 1000 --checkpoint-every 1000 --no-cuda --threads 1
     --capture-video""".split()
 
@@ -71,7 +72,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def memory(pid: int) -> dict[str, int]:
     """Bytes of the process, in all and by kind."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    table = dict(line.split(":", 1) for line in lines if line.startswith("Rss") or line.startswith("VmRSS"))
+    table = dict(line.split(":", 1) for line in lines if line.startswith(("Rss", "VmRSS")))
     names = {"resident": "VmRSS", "anonymous": "RssAnon", "file": "RssFile"}
     return {name: int(table[key].split()[0]) * 1024 for name, key in names.items()}
 
@@ -82,11 +83,13 @@ def used(paths) -> int:
 
 
 def sample(pid: int, run_dir: Path | None, begun: float) -> dict:
+    """Memory of the process and disk of its run directory, now."""
     found = {"seconds": round(time.monotonic() - begun, 1)} | memory(pid)
     if run_dir:
         rows = run_dir / "replay" / "rows.npy"
         found |= {"rows": int.from_bytes(rows.read_bytes()[-8:], "little") if rows.exists() else 0,
-                  "replay": used(run_dir.glob("replay/**/*")), "events": used(run_dir.glob("events*")),
+                  "replay": used(run_dir.glob("replay/**/*")),
+                  "events": used(run_dir.glob("events*")),
                   "videos": used(run_dir.glob("videos/*"))}
     return found
 
@@ -98,13 +101,12 @@ def growth(samples: list[dict], name: str) -> float:
     return 100 * (sum(late) / sum(early) - 1)
 
 
-def soak(options: Options, folder: Path) -> dict:
+def watch(options: Options, folder: Path) -> list[dict]:
     """Run, sample, stop with TERM."""
-    script = HERE.parent / f"{options.script}.py"
     seconds = 60 * options.minutes
     tracer = ["-c", TRACER, str(seconds / 4), str(seconds * 0.7)] if options.trace else []
-    command = [sys.executable, *tracer, str(script), *SETTING, *shlex.split(options.flags),
-               "--runs-dir", str(folder / "runs")]
+    command = [sys.executable, *tracer, str(HERE.parent / f"{options.script}.py"), *SETTING,
+               *shlex.split(options.flags), "--runs-dir", str(folder / "runs")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     samples, begun = [], time.monotonic()
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
@@ -114,43 +116,51 @@ def soak(options: Options, folder: Path) -> dict:
                 time.sleep(options.every)
                 if process.poll() is not None:
                     sys.exit(f"the run ended by itself:\n{(folder / 'err').read_text()}")
-                run_dir = next((folder / "runs").glob("*"), None) if (folder / "runs").exists() else None
-                samples.append(sample(process.pid, run_dir, begun))
+                samples.append(sample(process.pid, next(folder.glob("runs/*"), None), begun))
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(120)
-    printed = (folder / "out").read_text()
-    print(*(line for line in printed.splitlines() if line.startswith("trace:")), sep="\n")
+    return samples
+
+
+def report(options: Options, samples: list[dict], printed: str) -> dict:
+    """What the samples say; `printed` is what the run itself said."""
     announced = float(re.search(r"replay buffer: .*?([\d.]+) GiB", printed)[1])
     last, running = samples[-1], [s for s in samples if s.get("rows")]
+    rows, kinds = last["rows"] - running[0]["rows"], ("resident", "anonymous", "file")
     return {
         "setting": " ".join([options.script, *SETTING, options.flags]).strip(),
         "minutes": options.minutes, "timesteps": last["rows"],
-        "growth_percent": {name: round(growth(samples, name), 2) for name in ("resident", "anonymous", "file")},
-        "peak_mib": {name: round(max(s[name] for s in samples) / 2**20, 1)
-                     for name in ("resident", "anonymous", "file")},
-        "replay_gib": {"announced": announced, "used_first": round(running[0]["replay"] / 2**30, 4),
+        "growth_percent": {name: round(growth(samples, name), 2) for name in kinds},
+        "peak_mib": {name: round(max(s[name] for s in samples) / 2**20, 1) for name in kinds},
+        "replay_gib": {"announced": announced,
+                       "used_first": round(running[0]["replay"] / 2**30, 4),
                        "used_last": round(last["replay"] / 2**30, 4)},
-        "bytes_per_timestep": {name: round((last[name] - running[0][name])
-                                           / max(1, last["rows"] - running[0]["rows"]), 1)
-                               for name in ("events", "videos")},
-        "events_mib": round(last["events"] / 2**20, 2), "videos_mib": round(last["videos"] / 2**20, 2),
+        "bytes_per_timestep": {
+            name: round((last[name] - running[0][name]) / max(1, rows), 1)
+            for name in ("events", "videos")},
+        "events_mib": round(last["events"] / 2**20, 2),
+        "videos_mib": round(last["videos"] / 2**20, 2),
         "samples": samples,
     }
 
 
 def main() -> None:
+    """Watch a run, and write down what came of it."""
     options = tyro.cli(Options, description=__doc__.partition("\n")[0])
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=9"], cwd=HERE, text=True,
-                            capture_output=True).stdout.strip()
-    with tempfile.TemporaryDirectory() as folder:
-        result = soak(options, Path(folder))
-    machine = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "commit": commit, "torch": torch.__version__,
-               "python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count()}
-    (HERE / "results").mkdir(exist_ok=True)
-    path = HERE / "results" / "soak.json"
-    path.write_text(json.dumps(machine | result, indent=1))
-    print(json.dumps({name: value for name, value in result.items() if name != "samples"}, indent=1))
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=9"], cwd=HERE,
+                            text=True, capture_output=True).stdout.strip()
+    with tempfile.TemporaryDirectory() as name:
+        samples, printed = watch(options, Path(name)), (Path(name) / "out").read_text()
+    print(*(line for line in printed.splitlines() if line.startswith("trace:")), sep="\n")
+    result = report(options, samples, printed)
+    machine = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "commit": commit,
+               "torch": torch.__version__, "python": platform.python_version(),
+               "platform": platform.platform(), "cpus": os.cpu_count()}
+    path = HERE / "results" / f"soak_{options.script}.json"
+    path.write_text(json.dumps(machine | result, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name != "samples"},
+                     indent=1))
     print(path)
 
 

@@ -98,6 +98,8 @@ class Options:
     def __post_init__(self) -> None:
         """Fill in the shapes of the paper."""
         fill(self, SHAPES[self.script])
+        if self.old and not Path(self.old).is_file():
+            sys.exit(f"there is no {self.old}")
 
     @property
     def presets(self) -> dict:
@@ -258,7 +260,8 @@ def environments(side: Process) -> list[dict]:
 # ----------------------------------------------------------------------------------------- results
 def git(*command: str) -> str:
     """Output of a git command in this repository."""
-    return subprocess.run(["git", *command], cwd=HERE, text=True, capture_output=True).stdout.strip()
+    done = subprocess.run(["git", *command], cwd=HERE, text=True, capture_output=True)
+    return done.stdout.strip()
 
 
 def machine() -> dict:
@@ -336,7 +339,7 @@ def remark(record: dict) -> str:
     """What was measured, on which commit, and its note."""
     options, commit = record["options"], record["commit"]
     what = [options["script"], size_name(options) if "size" in options else "",
-            f"{options['threads']} threads" if options.get("threads") else "",
+            f"--threads {options['threads']}" if options.get("threads") else "",
             "compiled" * options.get("compile", False)]
     note = f"; {options['note']}" if options.get("note") else ""
     return f"{' '.join(filter(None, what))} ({commit[:9]}{commit[40:]}{note})"
@@ -389,6 +392,13 @@ def other_line(record: dict) -> str:
     times = " and ".join(f"{statistics.median(values):.3g}" for values in seconds.values())
     return (f"One and two processes (one thread each, the same whole batch): {times} s per update, "
             f"{record['speedup']:.2f} times as fast (median over paired rounds). {remark(record)}")
+
+
+def switch(script: Path, name: str, on: bool) -> str:
+    """A flag of a script that is on or off: with a value, if its help says so."""
+    shown = subprocess.run([sys.executable, str(script), "--help"], text=True, capture_output=True)
+    takes_value = f"--{name} {{" in shown.stdout
+    return f"--{name} {on}" if takes_value else f"--{name}" if on else f"--no-{name}"
 
 
 def write_between(marks: tuple[str, str], text: str) -> None:

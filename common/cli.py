@@ -97,11 +97,12 @@ def for_task(args, tasks: dict[str, dict]):
 
 def read_flags(args_type: type, description: str, defaults: dict[str, Any]):
     """The command line as an `args_type`; `--help` shows its fields in titled groups."""
-    groups = []
+    groups, filled = [], args_type()
     for number, (title, helps) in enumerate(groups_of(args_type).items()):
         hints = {f.name: f.type for f in fields(args_type) if f.name in helps}
         group = make_dataclass(f"Group{number}", [
-            (name, Annotated[hint, tyro.conf.OmitArgPrefixes, tyro.conf.arg(help=helps[name])],
+            (name, Annotated[hint, tyro.conf.OmitArgPrefixes, tyro.conf.arg(
+                help=helps[name] + preset_note(filled, name, defaults[name]))],
              field(default=defaults[name])) for name, hint in hints.items()])
         name, _, note = title.partition(" (")
         named = Annotated[group, tyro.conf.arg(name=name, help=note.removesuffix(")"))]
@@ -111,6 +112,14 @@ def read_flags(args_type: type, description: str, defaults: dict[str, Any]):
     parsed = tyro.cli(make_dataclass("Flags", groups), description=description, registry=integers)
     values = asdict(parsed).values()
     return args_type(**{name: value for group in values for name, value in group.items()})
+
+
+def preset_note(filled, name: str, default: Any) -> str:
+    """What --help says of a default that is None because --size sets it."""
+    value = getattr(filled, name)
+    if default is not None or value is None:
+        return ""
+    return f" (--size {filled.size}: {f'{value:.6g}' if isinstance(value, float) else value})"
 
 
 def groups_of(args_type: type) -> dict[str, dict[str, str]]:

@@ -66,7 +66,8 @@ class Twin(parity.Twin):
             pcont=c["pcont"], pcont_scale=c["pcont_scale"], kl_scale=c["kl_scale"],
             free_nats=c["free_nats"], clip_rewards=c["clip_rewards"], imag_horizon=c["horizon"],
             gamma=c["discount"], return_lambda=c["disclam"], actor_init_std=c["action_init_std"],
-            expl_amount=c["expl_amount"], **learning)
+            actor_min_std=1e-4, expl_amount=c["expl_amount"], expl_decay=c["expl_decay"],
+            expl_min=c["expl_min"], **learning)
 
     def layers(self, head: str) -> int:
         """Hidden layers of a head, which are no setting in theirs; 1 if they have no such head."""
@@ -198,7 +199,9 @@ def check_math(report: Report, fixture: Fixture) -> None:
 
 
 def flags(**given) -> d1.Args:
-    return d1.Args(**({"size": "XXS", "pcont": False, "amp": "off"} | given))
+    return d1.Args(**({"size": "XXS", "pcont": False, "kl_scale": 1.0, "free_nats": 3.0,
+                       "clip_rewards": "none", "return_lambda": 0.95, "actor_min_std": 1e-4,
+                       "amp": "off"} | given))
 
 
 def math_returns(report: Report, fixture: Fixture, prefix: str) -> None:

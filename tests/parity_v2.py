@@ -301,7 +301,7 @@ def check_math(report: Report, fixture: Fixture) -> None:
 
 
 def flags(**given) -> d2.Args:
-    args = d2.Args(**({"size": "XXS"} | given))
+    args = d2.Args(**({"size": "XXS", "return_lambda": 0.95, "actor_min_std": 0.1} | given))
     return replace(args, **{key: x for key, x in d2.TASKS["discrete"].items() if getattr(args, key) is None})
 
 

@@ -435,7 +435,7 @@ def math_actor_one_hot(report: Report, fixture: Fixture) -> None:
 
 def math_predictions(report: Report, fixture: Fixture) -> None:
     """Vector, image and continue loss, as `world_model_loss` computes them."""
-    args = d3.Args(size="XXS")
+    args = d3.Args(size="XXS", beta_pred=1.0)
     pred, target = fixture.leaf("symlog_mse/pred"), fixture.tensor("symlog_mse/target")
     log_prob = -shipped_losses(d3, args, pred.shape[:1], vector=target, predicted=pred)["vector"]
     compare(report, fixture, "symlog_mse/", {"log_prob": log_prob, "mode": d3.symexp(pred)},

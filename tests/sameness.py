@@ -49,7 +49,7 @@ OTHER_PARAMETERS = {
 }
 
 # Classes that stand in another place, with the reason.
-OTHER_PLACE = {"Latent": "[V2-1] it was a Gaussian and became a OneHot; each stands behind its base"}
+OTHER_PLACE = {"Latent": "[V2-1] it was a Gaussian and became a OneHot; it follows its base"}
 
 
 @cache

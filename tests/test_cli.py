@@ -255,7 +255,7 @@ def test_mistakes_that_tyro_finds(cli, tmp_path, flags):
 @pytest.mark.parametrize("flags", [
     ["--env-id", "Other-v0"], ["--deter", "16"], ["--num-envs", "2"], ["--batch-size", "1"],
     ["--train-ratio", "9999"],  # would owe thousands of updates at once
-    ["--clip-rewards"], ["--action-repeat", "2"]])
+    ["--clip-rewards", "clip"], ["--pixels"], ["--action-repeat", "2"]])
 def test_flags_that_a_resume_cannot_change(copied, cli, tmp_path, flags):
     assert_one_line(cli(MAIN, "--resume", copied, *flags, cwd=tmp_path), "does not fit", *flags)
 

@@ -404,6 +404,19 @@ def test_norm_gru_cell_is_its_equation(script):
     close(cell(x, h), u * c + (1 - u) * h)
 
 
+@pytest.mark.parametrize("script", [d1, d2])
+def test_single_numbers_are_not_rounded_to_bfloat16(script):
+    """Rewards and values of V1 and V2, which are one output of a head."""
+    one, many = script.Head(8, 8, 1, 1), script.Head(8, 8, 1, 2)
+    feat = torch.randn(50, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        values, others = one(feat), many(feat)
+    assert values.dtype == others.dtype == torch.float32
+    assert torch.equal(others, others.bfloat16().float()), "autocast was not on"
+    assert not torch.equal(values, values.bfloat16().float())
+    close(values, one(feat), atol=0.02, rtol=0.02)
+
+
 def test_gru_cell_of_v1_is_that_of_keras():
     """Fact 4: gate order z, r, h with reset_after; torch's order is r, z, h."""
     cell = d1.GRUCell(3, 5)

@@ -118,7 +118,7 @@ def test_change_tags(script):
     Tags of an older version may stand in a newer file; they must be announced in the older one.
     """
     code, version = source_of(f"{script}.py").partition('"""\n\n')[2], int(script[-1])
-    announced = re.findall(rf"^ *\[V{version}-(\d+)\]", docstring_of(script), re.M)
+    announced = re.findall(rf"^    \[V{version}-(\d+)\] ", docstring_of(script), re.M)
     assert sorted(map(int, announced)) == list(range(1, len(announced) + 1))
     assert set(announced) == set(re.findall(rf"\[V{version}-(\d+)\]", code))
     for older, number in set(re.findall(r"\[V(\d)-(\d+)\]", code)):
