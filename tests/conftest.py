@@ -72,7 +72,7 @@ class Running:
     out: Path
     err: Path
 
-    def wait_for(self, condition, seconds: float = 60.0) -> None:
+    def wait_for(self, condition, seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.err.read_text()
@@ -81,7 +81,7 @@ class Running:
     def kill(self, number: int = signal.SIGTERM) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, seconds: float = 60.0) -> Finished:
+    def wait(self, seconds: float = 300.0) -> Finished:
         watchdog = threading.Timer(seconds, self.kill, [signal.SIGKILL])  # a hang is a failure
         watchdog.start()
         code = int(self.server.stdout.readline())
@@ -103,7 +103,7 @@ def cli(tmp_path_factory):
     runner = Runner(tmp_path_factory.mktemp("processes"))
     yield runner
     runner.server.stdin.close()
-    runner.server.wait(timeout=10)
+    runner.server.wait(timeout=300)
 
 
 @pytest.fixture(params=SCRIPTS)
