@@ -254,7 +254,8 @@ def row(script: str, task: str, found: dict[str, dict]) -> str:
     commits = {record["commit"][:9] + record["commit"][40:] for record in found.values()}
     cells = [script, task, means, TARGETS[task],
              f"{min(record['worst'] for record in found.values()):.0f}",
-             " to ".join(map(str, sorted({min(minutes), max(minutes)}))), ", ".join(sorted(commits))]
+             " to ".join(map(str, sorted({min(minutes), max(minutes)}))),
+             ", ".join(sorted(commits))]
     return f"| {' | '.join(map(str, cells))} |"
 
 

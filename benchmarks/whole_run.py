@@ -24,9 +24,10 @@ THEIR_START = ("import ale_py, gymnasium; gymnasium.register_envs(ale_py); "
 FLAGS = ("--env-id MsPacmanNoFrameskip-v4 --max-episode-steps 27000 --learning-starts 1024 "
          "--buffer-size 16384 --deter 8 --hidden 8 --units 8 --depth 2 --stoch 4 --log-every 5000 "
          "--video-every 0 --checkpoint-every 10000 --amp off --no-cuda --pretrain 1 "
-         "--action-repeat 4")
+         "--action-repeat 4 --imag-horizon 15")
 OWN_FLAGS = {  # one update for every 16 steps: train ratio = batch size x batch length / 16
-    "dreamer_v1": "--train-ratio 156.25 --actor-layers 1 --reward-layers 2 --critic-layers 3",
+    "dreamer_v1": "--train-ratio 156.25 --actor-layers 1 --reward-layers 2 --critic-layers 3 "
+                  "--clip-rewards none",
     "dreamer_v2": "--train-ratio 50 --layers 1 --classes 4 --clip-rewards none --sticky 0",
     "dreamer_v3": "--train-ratio 64 --layers 1 --classes 4",
 }
