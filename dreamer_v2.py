@@ -549,6 +549,15 @@ def init_output(layer: nn.Module) -> nn.Module:
     return layer
 
 
+class PixelToGrid(nn.ConvTranspose2d):
+    """Transposed convolution of a single pixel: a plain product, and many times as fast as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, 1, 1) -> (n, outputs, size, size), channels-last in memory."""
+        grid = x.flatten(1) @ self.weight.permute(0, 2, 3, 1).flatten(1)
+        return (grid.unflatten(1, (*self.kernel_size, -1)) + self.bias).permute(0, 3, 1, 2)
+
+
 class Norm(nn.LayerNorm):
     """LayerNorm over the last dimension, in float32; the result has the type of the input."""
 
@@ -671,7 +680,8 @@ class Decoder(nn.Module):
             self.cnn, self.start = nn.Sequential(), 1  # from 1 x 1 pixel
             widths = [*(args.depth * i for i in (32, 4, 2, 1)), spec.image_shape[-1]]
             for inputs, outputs, size in zip(widths, widths[1:], (5, 5, 6, 6)):  # 5, 13, 30, 64
-                conv = init_output(nn.ConvTranspose2d(inputs, outputs, size, stride=2))
+                kind = nn.ConvTranspose2d if len(self.cnn) else PixelToGrid
+                conv = init_output(kind(inputs, outputs, size, stride=2))
                 self.cnn.extend([conv, nn.ELU()])  # [V2-8]
             del self.cnn[-1]  # the last layer is linear
             self.cnn_in = Linear(feat_dim, self.start**2 * widths[0])

@@ -109,9 +109,25 @@ def read_flags(args_type: type, description: str, defaults: dict[str, Any]):
         groups.append((f"group{number}", named, field(default_factory=group)))
     integers = tyro.constructors.ConstructorRegistry()
     integers.primitive_rule(integer_rule)
-    parsed = tyro.cli(make_dataclass("Flags", groups), description=description, registry=integers)
+    parsed = tyro.cli(make_dataclass("Flags", groups), description=description, registry=integers,
+                      args=spell_out(args_type, sys.argv[1:]))
     values = asdict(parsed).values()
     return args_type(**{name: value for group in values for name, value in group.items()})
+
+
+def spell_out(args_type: type, words: list[str]) -> list[str]:
+    """`--flag` and `--no-flag` for fields of type bool | None, of which tyro wants a value."""
+    optional = {f"--{f.name.replace('_', '-')}" for f in fields(args_type) if f.type == bool | None}
+    spelled = []
+    for index, word in enumerate(words):
+        flag = word.replace("_", "-")
+        if flag in optional and words[index + 1:index + 2] not in (["True"], ["False"], ["None"]):
+            spelled += [flag, "True"]
+        elif flag.replace("--no-", "--", 1) in optional and flag.startswith("--no-"):
+            spelled += [flag.replace("--no-", "--", 1), "False"]
+        else:
+            spelled.append(word)
+    return spelled
 
 
 def preset_note(filled, name: str, default: Any) -> str:
