@@ -23,9 +23,9 @@ HUNKS, LINES = 60, 700  # of `git diff --no-index -U0`: at most, and changed lin
 # Versions -> what is byte-identical in them. Of a class that differs: its methods that do not.
 SAME = {
     "12": """
-        Normal OneHot.__init__ Bernoulli init_output Dense Encoder.forward RSSM.initial_state
-        RSSM.action_in WorldModel.reward Critic.forward critic_loss Optimizer.state_dict
-        Optimizer.load_state_dict open_loop main""".split(),
+        Normal OneHot.__init__ Bernoulli init_output PixelToGrid Dense Encoder.forward
+        RSSM.initial_state RSSM.action_in WorldModel.reward Critic.forward critic_loss
+        Optimizer.state_dict Optimizer.load_state_dict open_loop main""".split(),
     "123": """
         Args.__post_init__ Args.capacity Batch ReplayBuffer to_batch previous_actions draw_classes
         draw_noise Gaussian.__init__ Gaussian.noise Gaussian.sample Gaussian.mode Gaussian.entropy
