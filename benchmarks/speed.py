@@ -281,7 +281,8 @@ def start_record(kind: str, options) -> dict:
     dirty = "-dirty" if git("status", "--porcelain", "-uno") else ""
     return {"kind": kind, "date": f"{now:%Y-%m-%d %H:%M:%S} UTC",
             "commit": git("rev-parse", "HEAD") + dirty, "machine": machine(),
-            "options": vars(options)}
+            "options": vars(options) | {  # no path of this machine
+                "peer_python": Path(options.peer_python).name, "old": Path(options.old).name}}
 
 
 def save(record: dict) -> Path:
