@@ -87,6 +87,7 @@ From the authors' code only:
     [V3-14] H terms in the actor's loss, an action is judged by the return of the state where it is
             chosen (V2: H - 1, the state it leads to); a terminal start has weight zero.
     [V3-15] continuous actions from a normal (V2: truncated), clipped for model and environment.
+Tags [V2-n] are explained in dreamer_v2.py.
 
 Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
