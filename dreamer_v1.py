@@ -112,9 +112,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.cli import check_numbers, fill, one_line_errors, parse
-from common.devices import (CudaGraph, Feeder, average_over_ranks, mean_over_ranks, on_device,
-                            use_bf16)
+from common.cli import RunArgs, check_lengths, check_numbers, fill, one_line_errors, parse
+from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, mean_over_ranks,
+                            on_device, use_bf16)
 from common.envs import EnvConfig, EnvSpec, default_action_repeat
 from common.files import UserError
 from common.play import dream, evaluate, load_agent
@@ -150,8 +150,8 @@ TASKS = {  # the paper's settings for discrete and for continuous control: what 
 
 
 @dataclass(frozen=True)
-class Args:
-    """Every setting. Defaults are the authors', those of None are in the tables above."""
+class Args(RunArgs):
+    """Every setting of the algorithm, beside those of any run. None: see the tables above."""
 
     # The task (a resume keeps these)
     env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
@@ -161,13 +161,8 @@ class Args:
     clip_rewards: Literal["none", "tanh", "clip"] | None = None  # How rewards are squashed
     pixels: bool = False  # Observe the rendered picture instead of what the environment gives
 
-    # The episodes
+    # The length
     total_timesteps: int | None = None  # Decisions of the agent; frames = these x action repeat
-    max_episode_steps: int = 0  # Time limit, not a terminal, in timesteps (0: environment's own)
-    noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
-    env_seed: int | None = None  # Seed of every episode of training (one level, one track)
-    max_env_restarts: int = 10  # Restarts of broken environments before the run stops
-    env_timeout: float = 60.0  # Seconds after which an environment process counts as hung
 
     # The size (a resume keeps these)
     size: Literal["XXS", "paper"] = "paper"  # Preset; XXS is for laptops
@@ -216,35 +211,6 @@ class Args:
     expl_decay: float | None = None  # Frames after which it is half as large (0: never)
     expl_min: float | None = None  # It does not decay below this
 
-    # The run
-    exp_name: str = SCRIPT  # Name of this experiment, part of the run directory's name
-    seed: int = 1  # Seed of everything random
-    torch_deterministic: bool = True  # Ask cuDNN for deterministic kernels
-    cuda: bool = True  # Use the GPU if there is one
-    threads: int = 0  # CPU threads of torch (0: its own choice); 1 is best for tiny networks
-    amp: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto: where native, from 256 units on
-    compile: bool = False  # torch.compile the networks
-    cuda_graph: bool = False  # On a GPU: launch each update as one CUDA graph
-    track: bool = False  # Also log to Weights & Biases
-    wandb_project_name: str = "dreamer"  # Project name there
-    wandb_entity: str | None = None  # Team name there
-    capture_video: bool = False  # Write episodes of the first environment to RUN_DIR/videos
-    runs_dir: str = "runs"  # Where run directories are made
-    log_every: int = 250  # Timesteps between two points of the training curves
-    video_every: int = 10_000  # Timesteps between two open-loop videos in TensorBoard (0: none)
-    checkpoint_every: int = 5_000  # Timesteps between checkpoints, at most 10 minutes of time
-
-    # The mode (a resume keeps --offline)
-    resume: str = ""  # Run directory to go on with, exactly where it stopped
-    evaluate: str = ""  # Run directory whose agent plays fresh episodes; prints every return
-    dream: str = ""  # Run directory whose agent's dreams go to RUN_DIR/videos as GIF and PNG
-    offline: str = ""  # Run directory whose replay is trained on; no environment step is taken
-    eval_episodes: int = 10  # Episodes of --evaluate
-    eval_greedy: bool | None = None  # Evaluate and dream with the most likely actions
-    eval_env_seed: tuple[int, ...] = ()  # Seeds of the levels that --evaluate and --dream play
-    dream_context: int = 5  # Frames that the agent sees before it dreams on alone
-    dream_horizon: int = 45  # Frames of pure imagination
-
     def __post_init__(self) -> None:
         """Fill in what follows from --size and --env-id, then refuse what cannot work."""
         fill(self, SIZES[self.size] | {"action_repeat": default_action_repeat(self.env_id)})
@@ -253,20 +219,12 @@ class Args:
     def check(self) -> None:
         """Raise `UserError`, one line, for a value that cannot work."""
         check_numbers(self, may_be_zero={
-            "seed", "env_seed", "threads", "video_every", "max_episode_steps", "noop_max",
-            "learning_starts", "max_env_restarts", "return_lambda", "kl_scale", "free_nats",
-            "pcont_scale", "expl_amount", "expl_decay", "expl_min"}, shares={
+            "learning_starts", "return_lambda", "kl_scale", "free_nats", "pcont_scale",
+            "expl_amount", "expl_decay", "expl_min"}, shares={
             "gamma": 1, "return_lambda": 1})
         if (self.imag_horizon or 2) < 2:
             raise UserError("--imag-horizon is 1; returns take at least 2 steps.")
-        if self.batch_length < 2:
-            raise UserError("--batch-length is 1; a sequence has at least 2 timesteps.")
-        training = not (self.evaluate or self.dream or self.offline)
-        if training and self.batch_length > self.capacity:
-            limit = "buffer-size" if self.buffer_size < self.total_timesteps else "total-timesteps"
-            raise UserError(f"--batch-length {self.batch_length} is longer than the replay buffer "
-                            f"of one environment ({self.capacity} timesteps): lower it, or raise "
-                            f"--{limit}.")
+        check_lengths(self)
 
     @property
     def stoch_dim(self) -> int:
@@ -943,7 +901,9 @@ class Agent(nn.Module):
                                     args.critic_clip)
         self.bf16 = use_bf16(args.amp, device, args.units >= 256)
         if args.compile:
-            self.compile_networks()
+            rssm, networks = self.world_model.rssm, (Encoder, Head, Actor)
+            compile_methods(rssm.obs_step, rssm.img_step, self.world_model.decoder.image,
+                            *(x.forward for x in self.modules() if isinstance(x, networks)))
         if args.cuda_graph and device.type == "cuda":
             self.learn = CudaGraph(self.learn)
 
@@ -1025,21 +985,6 @@ class Agent(nn.Module):
         """Zeros; a sequence begins with is_first, where the RSSM puts its own initial state."""
         return State(*(torch.zeros(rows, width, device=self.device) for width in (
             self.args.deter, self.args.stoch_dim, self.spec.action_dim)))
-
-    def compile_networks(self) -> None:
-        """Compile the steps of the two loops and the networks that are called for all time.
-
-        Once for every shape that occurs (acting, training, video), not once for all shapes.
-        """
-        torch._functorch.config.donated_buffer = False  # two losses share one backward graph
-        torch._dynamo.config.recompile_limit = 64  # every Dense is a variant of the same code
-        model = self.world_model
-        for network in self.modules():
-            if isinstance(network, (Encoder, Head, Actor)):
-                network.compile(dynamic=False)
-        model.decoder.image = torch.compile(model.decoder.image, dynamic=False)
-        model.rssm.obs_step = torch.compile(model.rssm.obs_step, dynamic=False)
-        model.rssm.img_step = torch.compile(model.rssm.img_step, dynamic=False)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 for matrix products and convolutions; parameters and losses stay in float32."""

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -21,6 +21,51 @@ from common.rundir import MODES, load_args
 KEPT = "(a resume keeps these)"  # the mark of a group of `Args`
 RENAMED = {"horizon": "imag-horizon", "eval-mode": "eval-greedy",  # old flag: new flag
            "discount-horizon": "gamma (1 - 1 / discount horizon)"}
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """Settings of a run that have nothing to do with what is learnt. A script adds its own."""
+
+    # The environment
+    max_episode_steps: int = 0  # Time limit, not a terminal, in timesteps (0: environment's own)
+    noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
+    env_seed: int | None = None  # Seed of every episode of training (one level, one track)
+    max_env_restarts: int = 10  # Restarts of broken environments before the run stops
+    env_timeout: float = 60.0  # Seconds after which an environment process counts as hung
+
+    # The run
+    exp_name: str | None = None  # Part of the run directory's name (None: the script's)
+    seed: int = 1  # Seed of everything random
+    torch_deterministic: bool = True  # Ask cuDNN for deterministic kernels
+    cuda: bool = True  # Use the GPU if there is one
+    threads: int = 0  # CPU threads of torch (0: its own choice); 1 is best for tiny networks
+    amp: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto: where native, from 256 units on
+    compile: bool = False  # torch.compile the networks
+    cuda_graph: bool = False  # On a GPU: launch each update as one CUDA graph
+    track: bool = False  # Also log to Weights & Biases
+    wandb_project_name: str = "dreamer"  # Project name there
+    wandb_entity: str | None = None  # Team name there
+    capture_video: bool = False  # Write episodes of the first environment to RUN_DIR/videos
+    runs_dir: str = "runs"  # Where run directories are made
+    log_every: int = 250  # Timesteps between two points of the training curves
+    video_every: int = 10_000  # Timesteps between two open-loop videos in TensorBoard (0: none)
+    checkpoint_every: int = 5_000  # Timesteps between checkpoints, at most 10 minutes of time
+
+    # The mode (a resume keeps --offline)
+    resume: str = ""  # Run directory to go on with, exactly where it stopped
+    evaluate: str = ""  # Run directory whose agent plays fresh episodes; prints every return
+    dream: str = ""  # Run directory whose agent's dreams go to RUN_DIR/videos as GIF and PNG
+    offline: str = ""  # Run directory whose replay is trained on; no environment step is taken
+    eval_episodes: int = 10  # Episodes of --evaluate
+    eval_greedy: bool | None = None  # Evaluate and dream with the most likely actions
+    eval_env_seed: tuple[int, ...] = ()  # Seeds of the levels that --evaluate and --dream play
+    dream_context: int = 5  # Frames that the agent sees before it dreams on alone
+    dream_horizon: int = 45  # Frames of pure imagination
+
+
+MAY_BE_ZERO = {"seed", "env_seed", "threads", "video_every", "max_episode_steps", "noop_max",
+               "max_env_restarts"}
 
 
 @contextmanager
@@ -139,14 +184,15 @@ def preset_note(filled, name: str, default: Any) -> str:
 
 
 def groups_of(args_type: type) -> dict[str, dict[str, str]]:
-    """Title -> field -> help, from the comments in the source of a dataclass.
+    """Title -> field -> help, from the comments in the source of a dataclass and of its bases.
 
     A comment line below an empty line is the title of the fields that follow, with a note in
     brackets if need be; the comment at the end of a field's line is its help.
     """
     names, groups, before = {f.name for f in fields(args_type)}, {}, ""
     title = "general"
-    for line in inspect.getsource(args_type).splitlines():
+    own = [base for base in args_type.__mro__ if "__dataclass_fields__" in vars(base)]
+    for line in "\n\n".join(map(inspect.getsource, own)).splitlines():
         if (heading := re.fullmatch(r"    # (.+)", line)) and not before.strip():
             title = heading[1]
         declared = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
@@ -208,9 +254,21 @@ def check_numbers(args, may_be_zero: set[str], shares: dict[str, float]) -> None
         for number in value if is_tuple else (value,):
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 continue
-            floor = is_tuple or name in may_be_zero
+            floor = is_tuple or name in may_be_zero | MAY_BE_ZERO
             if not math.isfinite(number) or number < 0 or (number == 0 and not floor):
                 raise UserError(f"{flag} is {number}; it must be "
                                 f"{'at least' if floor else 'above'} 0.")
             if number > shares.get(name, math.inf):
                 raise UserError(f"{flag} is {number}; it must be at most {shares[name]}.")
+
+
+def check_lengths(args) -> None:
+    """Raise UserError unless a sequence is one, and fits into the replay of an environment."""
+    if args.batch_length < 2:
+        raise UserError("--batch-length is 1; a sequence has at least 2 timesteps.")
+    training = not (args.evaluate or args.dream or args.offline)
+    if training and args.batch_length > args.capacity:
+        limit = "buffer-size" if args.buffer_size < args.total_timesteps else "total-timesteps"
+        raise UserError(f"--batch-length {args.batch_length} is longer than the replay buffer of "
+                        f"one environment ({args.capacity} timesteps): lower it, or raise "
+                        f"--{limit}.")

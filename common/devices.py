@@ -200,6 +200,17 @@ class Feeder:
             self.waiting = self.to_device(batch_type(*state["waiting"]))
 
 
+def compile_methods(*methods) -> None:
+    """Put a compiled method in the place of each of these bound ones, on its own object.
+
+    Compiled once for every shape that occurs (acting, training, video), not once for all shapes.
+    """
+    torch._functorch.config.donated_buffer = False  # two losses share one backward graph
+    torch._dynamo.config.recompile_limit = 64  # every layer is a variant of the same code
+    for method in methods:
+        setattr(method.__self__, method.__name__, torch.compile(method, dynamic=False))
+
+
 class CudaGraph:
     """`function(batch, *constants)` as a CUDA graph: one launch in place of thousands.
 

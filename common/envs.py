@@ -56,7 +56,6 @@ class EnvConfig:
     action_repeat: int = 1  # environment steps per agent step (Atari: the frame skip)
     max_episode_steps: int = 0  # in agent steps; 0: the environment's own limit, else replaces it
     noop_max: int = 30  # Atari only: an episode starts with 1 to noop_max no-ops
-    clip_rewards: bool = False  # EnvStep.reward within [-1, 1]; episode_return stays raw
     render: bool = False  # `Envs.render` gives frames
     pixels: bool = False  # the rendered picture is the observation (it is anyway on Atari)
     sticky: float | None = None  # Atari only: chance that an action is ignored; None: the id's

@@ -110,7 +110,8 @@ class Run:
         """A new run directory, with its args.json; every rank gets the same one."""
         args, shared = self.args, [None]
         if self.rank == 0:
-            shared = [create_run_dir(args.runs_dir, args.env_id, args.exp_name, args.seed)]
+            shared = [create_run_dir(args.runs_dir, args.env_id, args.exp_name or self.script,
+                                     args.seed)]
             self.lock = own_run_dir(shared[0])
             save_args(shared[0], self.script, asdict(args))
         if dist.is_initialized():

@@ -42,7 +42,7 @@ class EnvStep(NamedTuple):
     is_first: np.ndarray  # (N,) bool
     is_last: np.ndarray  # (N,) bool; terminated or truncated
     is_terminal: np.ndarray  # (N,) bool; terminated: nothing can be earned from here on
-    episode_return: np.ndarray  # (N,) float64; unclipped, so far; complete where is_last
+    episode_return: np.ndarray  # (N,) float64; so far; complete where is_last
     episode_length: np.ndarray  # (N,) int64; agent steps so far
 
 
@@ -143,7 +143,6 @@ class Envs:
         self._is_last = terminated | truncated
         self._return = np.where(is_first, 0.0, self._return + reward)
         self._length = np.where(is_first, 0, self._length + 1 - failed)
-        reward = np.clip(reward, -1, 1) if self.config.clip_rewards else reward
         # Copies, because Gymnasium writes the next observation into the same arrays.
         image, vector = (np.array(observation[key]) if key in observation else None
                          for key in ("image", "vector"))
@@ -174,8 +173,8 @@ class Envs:
             is_late = isinstance(error, multiprocessing.TimeoutError)
             what = f"gave no answer for {self._vector.limit:g} s" if is_late else "died"
             codes = [process.exitcode for process in self._vector.processes]
-            raise EnvError(f"a process of {self.config.env_id} {what} (exit codes {codes}); a "
-                           "training run is saved, go on with --resume") from error
+            text = f"a process of {self.config.env_id} {what} (exit codes {codes})"
+            raise EnvError(text) from error
 
 
 @dataclass(eq=False)

@@ -32,8 +32,7 @@ SAME = {
         OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.log_prob Linear Dense.forward
         SplitDense MLP Head centre Decoder.image Decoder.vector State RSSM.prior RSSM.img_step
         RSSM.obs_step RSSM.observe WorldModel.cont lambda_return Optimizer.grads Agent.act
-        Agent.zero_state Agent.compile_networks Agent.autocast Agent.optimizers random_actions
-        first_update updates_due""".split(),
+        Agent.zero_state Agent.autocast Agent.optimizers random_actions first_update updates_due""".split(),
     "23": """
         Args.stoch_dim Gaussian Latent.kl Actor.forward imagine Agent.train_step train
         OneHot.log_prob OneHot.entropy Latent.sample Latent.mode Latent.entropy Latent.detach Norm

@@ -365,14 +365,6 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end():
     assert trace.episode_length[:, 0].tolist() == [0, 1, 2, 0]
 
 
-def test_clipped_rewards_leave_the_return_raw():
-    trace = play(counting(clip_rewards=True), 1, steps=LENGTH)
-    assert trace.reward[:, 0].tolist() == [0] + [1] * LENGTH
-    assert trace.episode_return[-1, 0] == 1 + 2 + 3 + 4 + 5
-    trace = play(EnvConfig("Pendulum-v1", clip_rewards=True), 1, steps=5)
-    assert trace.reward.min() == -1 and trace.episode_return[-1, 0] < -5
-
-
 # ------------------------------------------------------------------------ Atari
 
 
@@ -662,7 +654,7 @@ def test_faults_in_processes(capfd):
 def test_a_process_that_dies_or_hangs_ends_the_run_in_one_line(fault, says, capfd):
     with closing(Envs(EnvConfig(f"{FAKE}{fault}-v0"), 2, 0, timeout=0.5)) as envs:
         envs.reset()
-        with pytest.raises(EnvError, match=f"a process of .*{fault}-v0 {says}.*with --resume"):
+        with pytest.raises(EnvError, match=f"a process of .*{fault}-v0 {says}"):
             for _ in range(3):
                 envs.step(np.eye(3)[[0, 0]])
     assert not any(process.is_alive() for process in envs._vector.processes)

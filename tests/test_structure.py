@@ -30,11 +30,20 @@ def docstring_of(script: str) -> str:
     return ast.get_docstring(tree_of(f"{script}.py"))
 
 
+RUN_ARGS = next(node for node in tree_of("common/cli.py").body
+                if isinstance(node, ast.ClassDef) and node.name == "RunArgs")
+
+
+def declared(name: str, node: ast.ClassDef) -> dict[str, str]:
+    lines = source_of(name).splitlines()
+    return {n.target.id: lines[n.end_lineno - 1][n.end_col_offset:].removeprefix("  # ")
+            for n in node.body if isinstance(n, ast.AnnAssign)}
+
+
 def fields_of(script: str) -> dict[str, str]:
     """The fields of `Args`, with what the comment on each one's line says of it."""
-    lines = source_of(f"{script}.py").splitlines()
-    return {n.target.id: lines[n.end_lineno - 1][n.end_col_offset:].removeprefix("  # ")
-            for n in definitions(script)["Args"].body if isinstance(n, ast.AnnAssign)}
+    return declared(f"{script}.py", definitions(script)["Args"]) | declared("common/cli.py",
+                                                                            RUN_ARGS)
 
 
 def flag_of(field: str) -> str:
@@ -161,7 +170,8 @@ PROMISED = """exp_name seed torch_deterministic cuda track wandb_project_name wa
 def test_every_flag_is_documented(script):
     assert not set(PROMISED) - fields_of(script).keys()
     assert not [name for name, text in fields_of(script).items() if len(text.split()) < 2]
-    fields = [n for n in definitions(script)["Args"].body if isinstance(n, ast.AnnAssign)]
+    fields = [n for node in (definitions(script)["Args"], RUN_ARGS) for n in node.body
+              if isinstance(n, ast.AnnAssign)]
     assert all(n.value is not None for n in fields), "a flag has no default"
 
 
@@ -203,8 +213,8 @@ def test_common_knows_no_algorithm(name):
                          "|ReplayBuffer", code)
     hyper = {"stoch", "deter", "bins", "units", "gamma", "rssm", "kl"}
     for script in SCRIPTS:
-        declared = source_of(f"{script}.py").partition("    # The training: world model\n")[2]
-        found = re.findall(r"^    (\w+): .* = ", declared.partition("    # The run\n")[0], re.M)
+        text = source_of(f"{script}.py").partition("    # The training: world model\n")[2]
+        found = re.findall(r"^    (\w+): .* = ", text.partition("    def ")[0], re.M)
         assert len(found) > 15
         hyper |= set(found)
     tree = tree_of(name)
