@@ -107,12 +107,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
-
+# `common` first: from then on, Ctrl-C during the imports is one line.
 from common.cli import RunArgs, check_lengths, check_numbers, fill, one_line_errors, parse
 from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, gather_ranks,
                             on_device, use_bf16)
@@ -123,6 +118,12 @@ from common.play import dream, evaluate, load_agent
 from common.rings import Rings
 from common.runs import Run
 from common.vector import Envs, EnvStep
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
 SCRIPT = Path(__file__).stem
 

@@ -1,5 +1,6 @@
-"""Playing a trained agent: `--evaluate` and `--dream`."""
+"""Playing a trained agent: `--evaluate`, `--dream`, and `load` for a program of your own."""
 
+import importlib
 import sys
 from collections import deque
 from dataclasses import replace
@@ -9,12 +10,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.cli import stored_args
 from common.devices import prepare_torch, seed_everything
-from common.envs import EnvSpec
+from common.envs import EnvSpec, env_spec, make_env
 from common.files import UserError
-from common.rundir import load_checkpoint
+from common.rundir import load_checkpoint, script_of
 from common.runs import check_spec, explain_mismatch
-from common.vector import Envs
+from common.vector import Envs, EnvStep
 from common.video import as_frames, gif_bytes, save_strip, side_by_side
 
 PATIENCE = 10_000  # timesteps without the end of an episode until a note says what to do
@@ -32,6 +34,47 @@ def load_agent(agent_type: type, args, run_dir: Path, script: str):
         agent = agent_type(plain, EnvSpec(**saved["spec"]), device)
         agent.load_state_dict(saved["agent"])
     return agent
+
+
+def load(run_dir: Path | str, **flags) -> "Player":
+    """The trained agent of a run directory, to act in a program of your own.
+
+    flags: fields of the script's `Args` that shall differ from those of the run, such as
+    eval_greedy=True or cuda=False. Raises UserError if there is no agent.
+    """
+    run_dir = Path(run_dir)
+    script = script_of(run_dir)
+    module = importlib.import_module(script)
+    args = replace(stored_args(module.Args, run_dir, script), **flags)
+    return Player(args, load_agent(module.Agent, args, run_dir, script))
+
+
+class Player:
+    """A trained agent in the terms of the environment that it was trained on.
+
+    `env` is a new one of these, as Gymnasium made it; on Atari with frame skip and preprocessing.
+    """
+
+    def __init__(self, args, agent):
+        self.args, self.agent = args, agent
+        self._observations = make_env(args.env_config)  # sorts an observation into its parts
+        self._actions = self._observations.env  # makes an action of the environment of ours
+        self.env = self._actions.env
+        check_spec(env_spec(self._observations), agent.spec, args.env_id)
+
+    def play(self, observation, state=None):
+        """(action, state) for what `env.reset` or `env.step` returned.
+
+        `state` is what the last call returned; None at the first observation of an episode.
+        """
+        parts, is_first = self._observations.observation(observation), state is None
+        image, vector = (parts[key][None] if key in parts else None for key in ("image", "vector"))
+        no, zero = np.zeros(1, bool), np.zeros(1)
+        obs = EnvStep(image, vector, zero, no | is_first, no, no, zero, zero)
+        state = self.agent.zero_state(1) if is_first else state
+        state = self.agent.act(obs, state, sample=not self.args.eval_greedy)
+        action = state.action[0].cpu().numpy()
+        return self._actions.action(action.argmax() if self.agent.spec.discrete else action), state
 
 
 def play(args, agent, num_envs: int, env_seed: int | None):

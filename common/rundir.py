@@ -56,18 +56,33 @@ def save_args(run_dir: Path | str, script: str, args: dict) -> None:
 
 def load_args(run_dir: Path | str, script: str) -> dict:
     """The arguments that `script` saved. JSON has no tuples: they come back as lists."""
+    path, found = read_json(run_dir)
+    check_header(path, found, script, {"args"})
+    if not isinstance(found["args"], dict):
+        raise UserError(f"{path} is not a file that this project wrote; check the directory")
+    return found["args"]
+
+
+def script_of(run_dir: Path | str) -> str:
+    """The script that made a run directory, such as dreamer_v3."""
+    path, found = read_json(run_dir)
+    script = found.get("script") if isinstance(found, dict) else None
+    check_header(path, found, script, {"args"})
+    if not (isinstance(script, str) and script.isidentifier()):
+        raise UserError(f"{path} names the script {script!r}, which cannot be; restore the file")
+    return script
+
+
+def read_json(run_dir: Path | str) -> tuple[Path, object]:
+    """args.json of a run directory: its path and what it holds."""
     path = Path(run_dir) / "args.json"
     try:
-        found = json.loads(path.read_bytes())
+        return path, json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{run_dir} is not a run directory (args.json: {error.strerror}); "
                         "give one under runs/") from error
     except ValueError as error:
         raise UserError(f"{path} is empty or not JSON; restore it or start a new run") from error
-    check_header(path, found, script, {"args"})
-    if not isinstance(found["args"], dict):
-        raise UserError(f"{path} is not a file that this project wrote; check the directory")
-    return found["args"]
 
 
 def save_checkpoint(path: Path | str, state: dict, script: str) -> None:

@@ -91,7 +91,8 @@ class Run:
         folder = Path(args.offline or self.dir) / "replay"
         if self.world > 1 and not (args.offline and (folder / "rows.npy").exists()):
             folder /= f"rank{self.rank}"  # a recording made by one process serves them all
-        num_envs, capacity = args.num_envs, max(args.batch_length, math.ceil(capacity / self.world))
+        num_envs = args.num_envs
+        capacity = self.asked = max(args.batch_length, math.ceil(capacity / self.world))
         if args.offline or not self.is_new:  # the rings keep their size
             read_array(folder / "rows.npy")  # which is made last
             shape = read_array(folder / "reward.npy").shape
@@ -160,6 +161,9 @@ class Run:
         print(*(f"note: {notice}\n" for notice in self.envs.spec.notices), sep="", end="")
         print(f"replay buffer: {rings.capacity * rings.num_envs:,} timesteps, "
               f"{rings.gibibytes:.2f} GiB of disk{' per rank' * (self.world > 1)}")
+        if not self.args.offline and rings.capacity < self.asked:
+            print(f"note: the replay keeps the size that it was made with, {rings.capacity:,} "
+                  f"timesteps per environment; {self.asked:,} take a new run")
         print(f"agent: size {self.args.size}, {millions:.2f} million parameters, on {agent.device}"
               f"{' in bfloat16' if agent.bf16 else ''}")
         if not planned:

@@ -15,10 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS
+from gymnasium import spaces
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common import play
+from common.files import UserError
 from tests.command_lines import (MAIN, TIMING, assert_identical, assert_one_line, load, progress_of, run_dir_in,
                                  scalars, tiny_run)
 
@@ -177,6 +181,44 @@ def test_evaluate_prints_every_return(trained, cli, tmp_path):
     last = done.out.strip().split("\n")[-1]
     assert re.search(r"mean 15\b", last) and re.search(r"deviation 0\b", last) and "3 episodes" in last
     assert not list(tmp_path.iterdir())
+
+
+def test_a_resume_says_that_its_replay_stays_small(copied, cli, tmp_path):
+    grown = cli(MAIN, "--resume", copied, "--total-timesteps", 41, cwd=tmp_path)
+    assert "note: the replay keeps the size that it was made with, 40 timesteps" in grown.out
+    assert "note: the replay" not in cli(MAIN, "--resume", copied, cwd=tmp_path).err
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "tests.fake_envs:Counting-v0"])
+def test_a_trained_agent_plays_in_a_program_of_ones_own(script, cli, env_id, tmp_path):
+    """Three lines of the README: the actions are those of --evaluate, in the environment's terms."""
+    done = cli(script, *tiny_run(script, ENV, 30), "--env-id", env_id, cwd=tmp_path)
+    assert done.code == 0, str(done)
+    run_dir = run_dir_in(tmp_path)
+    agent = play.load(run_dir, env_seed=3)
+    ours = play.play(agent.args, agent.agent, 1, env_seed=3)
+    expected = [next(ours) for _ in range(9)]
+    torch.manual_seed(agent.args.seed + 10**6)
+    observation, _ = agent.env.reset(seed=3)
+    state = None
+    for _, obs, unit in expected:
+        action, state = agent.play(observation, state)
+        assert agent.env.action_space.contains(action), action
+        space = agent.env.action_space
+        wanted = (np.argmax(unit[0]) + space.start if isinstance(space, spaces.Discrete)
+                  else space.low + (unit[0].clip(-1, 1) + 1) / 2 * (space.high - space.low))
+        if obs.is_last[0]:
+            break
+        np.testing.assert_allclose(action, wanted, rtol=1e-6, atol=1e-6)
+        observation, _, terminated, truncated, _ = agent.env.step(action)
+
+
+def test_load_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="is not a run directory"):
+        play.load(tmp_path)
+    (tmp_path / "args.json").write_text('{"format": 2, "script": "os.path", "args": {}}')
+    with pytest.raises(UserError, match="names the script 'os.path'"):
+        play.load(tmp_path)
 
 
 def test_dream_writes_pictures(copied, cli, tmp_path):

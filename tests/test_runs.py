@@ -295,6 +295,23 @@ def test_integers(run, text, value):
 
 # ---- Playing -------------------------------------------------------------------------------------
 
+def test_no_two_parts_of_a_run_get_the_same_seed_for_its_environments(run, monkeypatch):
+    """An evaluation on the episodes of the training would flatter, a resume would repeat them."""
+    original, seeds = fake_run.FakeEnvs.__init__, []
+
+    def record(self, config, num_envs, seed, *rest):
+        seeds.append(seed)
+        original(self, config, num_envs, seed, *rest)
+
+    monkeypatch.setattr(fake_run.FakeEnvs, "__init__", record)
+    monkeypatch.setattr(fake_run, "Envs", fake_run.FakeEnvs, raising=False)
+    run("--total-timesteps", 10)
+    run("--resume", run.dir, "--total-timesteps", 20)
+    run("--resume", run.dir, "--total-timesteps", 30)
+    run("--evaluate", run.dir)
+    assert len(set(seeds)) == 4, seeds
+
+
 def test_evaluation_of_several_levels(run, finished):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     out = run("--evaluate", finished, "--eval-env-seed", 5, 0, "--eval-episodes", 2, "--num-envs", 2)

@@ -104,6 +104,15 @@ def test_nothing_imports_a_script_or_a_test(name):
         assert not [module for module in names if module.startswith(("dreamer_v", "tests"))]
 
 
+def test_common_is_imported_before_what_takes_seconds(script):
+    """Ctrl-C during the imports: tests/test_runs.py."""
+    imports = [node for node in tree_of(f"{script}.py").body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [getattr(node, "module", None) or node.names[0].name for node in imports]
+    slow = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+    assert slow[0].startswith("common.")
+
+
 # ---- Layout --------------------------------------------------------------------------------------
 
 def test_sections(script):
