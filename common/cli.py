@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import torch.distributed as dist
 import tyro
 
-from common.envs import EnvError, env_spec, make_env
+from common.envs import EnvError, probe
 from common.files import UserError
 from common.rundir import MODES, load_args
 
@@ -129,9 +129,7 @@ def fill(args, presets: dict[str, Any]) -> None:
 
 def for_task(args, tasks: dict[str, dict]):
     """`args`, filled with the setting for the kind of actions that its environment has."""
-    env = make_env(args.env_config)
-    kind = "discrete" if env_spec(env).discrete else "continuous"
-    env.close()
+    kind = "discrete" if probe(args.env_config).discrete else "continuous"
     presets = {name: value for name, value in tasks[kind].items() if getattr(args, name) is None}
     fill(args, presets)
     args.check()

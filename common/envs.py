@@ -6,7 +6,6 @@
 an `EnvError` of one line, which says what to do.
 """
 
-import contextlib
 import difflib
 import functools
 import importlib
@@ -29,9 +28,10 @@ try:
 except ImportError:
     ale_py = None
 
-PACKAGES = {  # first word of an id: what to install; modules whose import registers such ids
+PACKAGES = {  # how an id begins: what to install; modules whose import registers such ids
     "dm_control": ("shimmy[dm-control]", "dm_control", "shimmy"),
     "MiniGrid": ("minigrid", "minigrid"), "BabyAI": ("minigrid", "minigrid"),
+    "Vizdoom": ("vizdoom", "vizdoom.gymnasium_wrapper"),
 }
 COMBINED = spaces.MultiBinary, spaces.MultiDiscrete
 NUMBERS = spaces.Box, spaces.Discrete, *COMBINED
@@ -96,7 +96,7 @@ def make_env(config: EnvConfig) -> gym.Env:
 
 def probe(config: EnvConfig) -> EnvSpec:
     """The spec of an environment that is built for this alone."""
-    with contextlib.closing(make_env(config)) as env:
+    with make_env(config) as env:
         return env_spec(env)
 
 
@@ -144,7 +144,7 @@ def _make(config: EnvConfig) -> gym.Env:
 
 
 def _import_package(env_id: str) -> None:
-    package, *modules = PACKAGES.get(env_id.replace("/", "-").partition("-")[0], ("",))
+    package, *modules = next((PACKAGES[x] for x in PACKAGES if env_id.startswith(x)), ("",))
     try:
         for module in modules:
             importlib.import_module(module)

@@ -1,6 +1,7 @@
 """common/envs.py and vector.py: contract, autoreset, seeding, misbehaviour, and error messages."""
 
 import dataclasses
+import importlib.util
 import os
 import pickle
 import re
@@ -16,6 +17,7 @@ from contextlib import closing
 import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import ROOT
 from gymnasium import spaces
 
 from common import envs as envs_module
@@ -458,6 +460,7 @@ def test_mujoco_is_told_to_render_without_a_display(monkeypatch, set_by_user, ex
 @pytest.mark.parametrize("env_id, package, module", [
     ("dm_control/walker-walk-v0", "shimmy[dm-control]", "shimmy"),
     ("MiniGrid-Empty-5x5-v0", "minigrid", "minigrid"),
+    ("VizdoomBasic-v1", "vizdoom", "vizdoom.gymnasium_wrapper"),
     ("BabyAI-GoToObj-v0", "minigrid", "minigrid")])
 def test_packages_that_register_their_ids(monkeypatch, env_id, package, module):
     monkeypatch.setitem(sys.modules, module, None)  # `import module` raises ImportError
@@ -467,6 +470,41 @@ def test_packages_that_register_their_ids(monkeypatch, env_id, package, module):
     registering = types.ModuleType(module)
     monkeypatch.setitem(sys.modules, module, registering)
     assert "unknown environment id" in error_of(EnvConfig(env_id))  # it was imported, at least
+
+
+def test_the_wrapper_of_the_readme(monkeypatch, tmp_path):
+    """For Crafter, or, where that is not installed, for something that behaves like it."""
+    lines = (ROOT / "README.md").read_text().partition("<!-- crafter:begin -->\n")[2]
+    code = textwrap.dedent(lines.partition("<!-- crafter:end -->")[0])
+    is_real = importlib.util.find_spec("crafter") is not None
+    if not is_real:
+        monkeypatch.setitem(sys.modules, "crafter", types.SimpleNamespace(Env=LikeCrafter))
+    (tmp_path / "crafter_env.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    trace = play(EnvConfig("crafter_env:Crafter-v1"), 1, steps=40)
+    assert trace.image.shape == (41, 1, 64, 64, 3)
+    if not is_real:
+        assert trace.is_last[:, 0].nonzero()[0].tolist() == [3, 7, 11, 15, 19, 23, 27, 31, 35, 39]
+        assert trace.is_terminal[:, 0].nonzero()[0].tolist() == [3, 11, 19, 27, 35]
+
+
+class LikeCrafter:
+    """An episode of three steps; every other one ends by death."""
+
+    episodes = 0
+
+    def __init__(self, seed):
+        LikeCrafter.episodes += 1
+        self.steps, self.dies = 0, LikeCrafter.episodes % 2
+        assert 0 <= seed < 2**31
+
+    def reset(self):
+        return np.zeros((64, 64, 3), np.uint8)
+
+    def step(self, action):
+        self.steps += 1
+        done = self.steps == 3
+        return self.reset(), 0.1, done, {"discount": 1.0 - (done and self.dies)}
 
 
 def test_dm_control():
