@@ -46,7 +46,8 @@ class Side:
         if setting["threads"]:
             torch.set_num_threads(setting["threads"])
         torch.manual_seed(0)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(setting.get("device", found))
 
     def batch(self, length: int, rows: int) -> None:
         """Use a batch of this shape from here on."""

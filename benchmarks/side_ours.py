@@ -30,7 +30,8 @@ class Ours(Side):
         """`Args` as a new run would fill them for this kind of actions."""
         setting, script = self.setting, self.script
         horizon = "horizon" if self.is_old else "imag_horizon"
-        args = script.Args(**setting["sizes"], **{horizon: setting["horizon"]},
+        graph = {"cuda_graph": True} if setting.get("cuda_graph") else {}
+        args = script.Args(**setting["sizes"], **{horizon: setting["horizon"]}, **graph,
                            compile=setting["compile"], amp="on" if setting["bf16"] else "off")
         if hasattr(script, "TASKS"):
             kind = "discrete" if setting["discrete"] else "continuous"

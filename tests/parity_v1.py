@@ -223,7 +223,7 @@ def math_losses(report: Report, fixture: Fixture, prefix: str) -> None:
     reward, value, cont = (fixture.tensor(f"lam/{key}") for key in ("reward", "value", "pcont"))
     (steps, rows), log = reward.shape, {}
     args = flags(pcont=True, imag_horizon=steps, batch_size=rows, batch_length=2)
-    agent = d1.Agent(args, EnvSpec(None, 1, 1, False), torch.device("cpu"))
+    agent = d1.Agent(args, EnvSpec(None, 1, 1, False), torch.get_default_device())
     zeros = torch.zeros(2, rows)
     batch = d1.Batch(None, zeros[..., None], zeros[..., None], zeros, zeros > 1, zeros > 1)
 

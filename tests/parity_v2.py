@@ -425,7 +425,7 @@ def math_weights(report: Report, fixture: Fixture, prefix: str) -> None:
     ours = mean.unflatten(1, terminal.T.shape).transpose(1, 2).flatten(1, 2)  # n = t * B + b
     args = flags(batch_size=terminal.shape[1], batch_length=len(terminal), imag_horizon=len(mean) - 1,
                  pcont=True, gamma=0.999, amp="off")
-    agent, log = d2.Agent(args, EnvSpec(None, 1, 2, True), torch.device("cpu")), {}
+    agent, log = d2.Agent(args, EnvSpec(None, 1, 2, True), torch.get_default_device()), {}
     zeros = torch.zeros(*terminal.shape)
     batch = d2.Batch(None, zeros[..., None], torch.zeros(*terminal.shape, 2), zeros, zeros > 1, terminal)
 

@@ -205,7 +205,7 @@ class Twin(parity.Twin):
         ours = before | {"post_deter": batch_major(deter), "post_stoch": batch_major(self.groups(stoch))}
         for name, value in ours.items():
             wide = name == "reward_mean" or name.startswith("recon_mode")  # outputs of symexp
-            self.compare(prefix + name, value, scale=value.abs().clamp(min=1).numpy() if wide else None)
+            self.compare(prefix + name, value, scale=value.abs().clamp(min=1).cpu().numpy() if wide else None)
 
         names = {"reward": ["reward"], "cont": ["cont"], "dyn": ["dyn"], "rep": ["rep"],
                  "image": self.images, "vector": self.vectors}

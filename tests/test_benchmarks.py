@@ -1,6 +1,7 @@
 """The benchmarks fit the scripts: their flags, their sizes, and the tables made of results."""
 
 import importlib
+import json
 import re
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from tests.conftest import ROOT, SCRIPTS
 
 sys.path.append(str(ROOT / "benchmarks"))
+import gpu
 import learning
 import speed
 import whole_run
@@ -52,3 +54,46 @@ def test_a_row_of_learning_names_seeds_that_the_limit_stopped():
              "2": {"mean": 99.5, "worst": 9.0, "minutes": 8.9, "commit": "a" * 40, "stopped_by_limit": True}}
     assert learning.row("dreamer_v1", "cartpole", found) == (
         f"| dreamer_v1 | cartpole | 1: 500.0, 2: 99.5 (stopped early) | 450 | 9 | 3 to 9 | {'a' * 9} |")
+
+
+# ---- gpu.py --------------------------------------------------------------------------------------
+
+def test_every_step_of_the_gpu_benchmark_has_its_place():
+    for device in ("cuda", "cpu"):
+        plan = gpu.plan(gpu.Options(device=device, peer_python="python"))
+        assert {function for function, _ in plan.values()} == gpu.STEPS.keys()
+        assert list(plan)[0].startswith("parity") and plan.keys() != gpu.plan(gpu.Options()).keys()
+    assert any("graph compiled" in name for name in gpu.plan(gpu.Options()))
+
+
+def test_gpu_benchmark_on_a_cpu(monkeypatch, tmp_path, capsys):
+    """Its steps at tiny sizes, one script for each; what one of them breaks on stays its own."""
+    only = ("losses dreamer_v1", "synchronisation dreamer_v2", "speed dreamer_v2 no such size bf16",
+            "real_run dreamer_v1")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--results", str(tmp_path),
+                                      "--minutes", "20", "--only", *only])
+    monkeypatch.setitem(gpu.SIZES, "dreamer_v2", ("no such size",))
+    gpu.main()
+    said = capsys.readouterr().out
+    record, = (json.loads(path.read_text()) for path in tmp_path.iterdir())
+    steps = record["steps"]
+    assert list(steps) == [name for name in gpu.plan(gpu.Options(device="cpu")) if name.startswith(only)]
+    assert "no such size" in steps["speed dreamer_v2 no such size bf16"]["said"]
+    assert "losses dreamer_v1 bf16: differs from float32 by" in said
+    for how in ("drawn", "by rule"):
+        first = steps["losses dreamer_v1 float32"][how][0]
+        assert len(first) >= 5 and gpu.difference(first, steps["losses dreamer_v1 bf16"][how][0]) < 0.05
+    assert "killed at 1" in said and "exit statuses [0, 0, 0]" in said
+    assert steps["real_run dreamer_v1"]["dream_bytes"] > 1000
+
+
+def test_gpu_benchmark_without_a_gpu_or_without_time(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="there is no CUDA device"):
+        gpu.main()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--results", str(tmp_path), "--device", "cpu",
+                                      "--minutes", "0.01"])
+    gpu.main()
+    record, = (json.loads(path.read_text()) for path in tmp_path.iterdir())
+    assert {step["skipped"] for step in record["steps"].values()} == {"no time left"}

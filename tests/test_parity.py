@@ -81,9 +81,20 @@ def test_command_line(tmp_path):
 
 @pytest.mark.parametrize("argv", [[], ["v9"], ["v3", "a", "b"], ["v3", "/nonexistent"]])
 def test_nothing_to_compare_is_status_2(argv, capsys):
-    assert parity.main(argv) == 2
+    try:
+        status = parity.main(argv)
+    except SystemExit as leaving:
+        status = leaving.code
     out, err = capsys.readouterr()
-    assert not out and len(err.splitlines()) == 1
+    assert status == 2 and not out and err
+
+
+def test_slack_widens_every_tolerance(tmp_path, capsys):
+    """As benchmarks/gpu.py asks for on a GPU; errors of the true fixtures are far from 0."""
+    for path in (ROOT / "tests" / "golden" / "v1").glob("disc_pcont*"):
+        shutil.copy(path, tmp_path)
+    assert parity.main(["v1", str(tmp_path), "--slack", "10", "--device", "cpu"], quiet=True) == 0
+    assert parity.main(["v1", str(tmp_path), "--slack", "1e-4"], quiet=True) == 1
 
 
 # --------------------------------------------------------------------------------- it notices wrong numbers

@@ -1,0 +1,375 @@
+"""One command for the day a GPU is at hand: are the scripts right on it, how fast, do they run?
+
+    python benchmarks/gpu.py                                 all of it, in some eight minutes
+    python benchmarks/gpu.py --script dreamer_v3 --minutes 5
+    python benchmarks/gpu.py --peer-python VENV/bin/python   also sheeprl 0.8.4, see side_sheeprl.py
+    python benchmarks/gpu.py --device cpu                    the same steps with tiny networks
+
+In this order: parity with the authors' numbers; losses of the first updates in each mode beside
+float32's; host synchronisation inside an update; updates a second, memory and kernels; acting and
+environments; the peer; a real run that is killed, resumed, evaluated and made to dream. Every step
+is a process of its own: one that crashes or hangs costs itself alone. results/gpu_*.json is
+written after each step, so a run that is stopped leaves what it had.
+"""
+
+import importlib
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from side_ours import Ours
+from speed import HERE, git, machine
+from speed import Options as Speed
+
+MODES = {  # of an update: what differs from float32
+    "float32": {}, "bf16": dict(bf16=True), "graph": dict(cuda_graph=True),
+    "bf16 graph": dict(bf16=True, cuda_graph=True), "bf16 compiled": dict(bf16=True, compile=True),
+    "bf16 graph compiled": dict(bf16=True, cuda_graph=True, compile=True)}
+SIZES = {"dreamer_v3": ("S", "XL"), "dreamer_v2": ("paper",), "dreamer_v1": ("paper",)}
+UPDATES = 5  # a CUDA graph is recorded in the fourth
+SLOWEST = 300.0  # seconds that a step may take
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure."""
+
+    script: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3"] | None = None
+    """None: all three, V3 first."""
+    minutes: float = 8.0
+    """After which what has not been done is left out."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu: tiny networks, to see that this file works."""
+    peer_python: str = ""
+    """Python of sheeprl's virtual environment."""
+    results: str = str(HERE / "results")
+    """Folder of the record."""
+    only: tuple[str, ...] = ()
+    """Names of steps, or how they begin; none: all."""
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether this is no measurement."""
+        return self.device == "cpu"
+
+
+# ------------------------------------------------------------------------------- steps, each a process
+def parity(script: str, device: str, **_) -> dict:
+    """The fixtures in float32, TF32 off, with ten times the CPU's tolerances."""
+    command = ["-m", "tests.parity", script[-2:], "--device", device, "--slack", "10"]
+    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, text=True, capture_output=True)
+    lines = (done.stdout + done.stderr).splitlines()
+    kept = [line for line in lines if line.startswith("largest") or line.endswith("FAIL")]
+    return {"exit_status": done.returncode, "summary": lines[-1:], "lines": kept[:40]}
+
+
+def side(script: str, device: str, size: str, mode: str, tiny: bool) -> Ours:
+    """An agent of ours with a batch, at the sizes of the authors' setting or at tiny ones."""
+    flags = {"bf16": False, "compile": False} | MODES[mode]
+    options = Speed(script=script, size=size, setting="tiny" if tiny else "size")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    made = Ours({name: getattr(options, name) for name in (
+        "script", "sizes", "horizon", "actions", "discrete", "channels")} | flags | {
+        "threads": 1 if tiny else 0, "root": str(HERE.parent), "device": device})
+    made.batch(*((8, 2) if tiny else (options.batch_length, options.batch_size)))
+    return made
+
+
+def losses(script: str, mode: str, **rest) -> dict:
+    """Losses of the first updates: from one seed, and with a rule in the place of random draws.
+
+    Graphs and compiled code draw other numbers than plain code does from the same seed.
+    """
+    module, found = importlib.import_module(script), {}
+    for how in ("drawn", "by rule"):
+        if how == "by rule":
+            module.draw_classes = lambda probs: probs.argmax(-1)
+            for name in {"draw_noise", "draw_truncated"} & vars(module).keys():
+                setattr(module, name, lambda like, *_: torch.full_like(like, 0.5))
+        ours = side(script, mode=mode, **rest)
+        torch.manual_seed(1)
+        found[how] = []
+        for _ in range(UPDATES):
+            metrics = ours.agent.train_step(ours.data, ours.carry)
+            found[how].append({name: float(value) for name, value in metrics.items()
+                               if name.startswith("loss/")})
+    return found
+
+
+def synchronisation(device: str, **rest) -> dict:
+    """Whether an update makes the host wait for the GPU."""
+    ours = side(device=device, **rest)
+    for _ in range(UPDATES):
+        ours.agent_step()
+    if device == "cpu":
+        return {"skipped": "there is nothing to wait for on a CPU"}
+    torch.cuda.set_sync_debug_mode("error")
+    ours.agent_step()
+    return {"waits": False}
+
+
+def speed(script: str, mode: str, size: str, device: str, tiny: bool) -> dict:
+    """Updates a second and peak memory; without a graph also kernels, and the host's share."""
+    ours = side(script, device, size, mode, tiny)
+    first = [ours.clock(ours.agent_step) for _ in range(UPDATES)]
+    count = 3 if tiny else max(10, min(200, int(8 / min(first))))
+    hosts = []
+
+    def updates():
+        for _ in range(count):
+            start = time.perf_counter()
+            ours.agent_step()
+            hosts.append(time.perf_counter() - start)
+
+    seconds = ours.clock(updates) / count
+    found = {"seconds": seconds, "updates_per_second": 1 / seconds, "first": first,
+             "host_seconds": statistics.median(hosts), "peak_bytes": ours.memory()["bytes"]}
+    return found if "graph" in mode or "compiled" in mode else found | kernels(ours, device)
+
+
+def kernels(ours: Ours, device: str) -> dict:
+    """How many kernels an update launches, how long they take, and the ten dearest."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
+    with torch.profiler.profile(activities=kinds) as profile:
+        ours.agent_step()
+        ours.wait()
+    kind = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
+    events = [event for event in profile.events() if event.device_type == kind]
+    total: dict[str, list[float]] = {}
+    for event in events:
+        time_us = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        total.setdefault(event.name[:80], []).append(time_us)
+    dearest = sorted(total, key=lambda name: -sum(total[name]))[:10]
+    return {"kernels": len(events), "kernel_seconds": sum(map(sum, total.values())) / 1e6,
+            "dearest": [{"name": name, "count": len(total[name]), "ms": sum(total[name]) / 1e3}
+                        for name in dearest]}
+
+
+def acting(device: str, tiny: bool, **rest) -> dict:
+    """Milliseconds to act; environment steps a second with the agent acting and learning."""
+    ours, found = side(device=device, tiny=tiny, **rest), {}
+    for _ in range(UPDATES):
+        ours.agent_step()
+    for rows in (1, 16):
+        times = ours.act(rows, 5 if tiny else 200)["seconds"]
+        found[f"act_{rows}_ms"] = 1e3 * statistics.median(times)
+    for num_envs in (1,) if tiny else (1, 4, 16):
+        found[f"envs_{num_envs}"] = loop(ours, num_envs, seconds=0.5 if tiny else 6.0)
+    return found
+
+
+def loop(ours: Ours, num_envs: int, seconds: float) -> dict:
+    """Act, update once, step the environments, as the main loop does: the GPU works meanwhile."""
+    config = ours.script.EnvConfig("MsPacmanNoFrameskip-v4", action_repeat=4,
+                                   grayscale=ours.setting["channels"] == 1)
+    envs, turns = ours.script.Envs(config, num_envs, seed=0), 0
+    try:
+        obs, state = envs.reset(), ours.zero_state(num_envs)
+        wanted = ours.setting["actions"]
+        ours.wait()
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            state = ours.agent.act(obs, state)
+            chosen = state.action.argmax(-1).cpu().numpy() % envs.spec.action_dim
+            ours.agent_step()
+            obs = envs.step(np.eye(envs.spec.action_dim)[chosen])
+            turns += 1
+        ours.wait()
+        passed = time.perf_counter() - start
+    finally:
+        envs.close()
+    return {"timesteps_per_second": turns * num_envs / passed, "updates_per_second": turns / passed,
+            "agent_actions": wanted}
+
+
+def real_run(script: str, device: str, tiny: bool, **_) -> dict:
+    """200 timesteps of the real command: KILLed, resumed, evaluated, made to dream."""
+    flags = ["--total-timesteps", "200", "--learning-starts", "70", "--checkpoint-every", "20",
+             "--pretrain", "1", "--max-episode-steps", "60", "--threads", "1"]
+    flags += ["--video-every", "100"] if device == "cuda" else ["--no-cuda", "--train-ratio", "20"]
+    if tiny:
+        flags += ["--size", "XXS", "--batch-size", "2", "--batch-length", "8", "--depth", "2"]
+    else:
+        flags += ["--cuda-graph"]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+        command = [sys.executable, str(HERE.parent / f"{script}.py")]
+
+        def call(*more: str) -> dict:
+            done = subprocess.run([*command, *more], cwd=folder, env=environment, text=True,
+                                  capture_output=True)
+            return {"exit_status": done.returncode, "said": (done.stdout + done.stderr)[-600:]}
+
+        first = subprocess.Popen([*command, "--env-id", "MsPacmanNoFrameskip-v4", *flags], cwd=folder,
+                                 env=environment, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL)
+        rows = Path(folder)
+        while first.poll() is None and not any(
+                np.load(path)[1] > 100 for path in rows.glob("runs/*/replay/rows.npy")):
+            time.sleep(0.1)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        run_dir = next(rows.glob("runs/*"))
+        found = {"killed_at": int(np.load(run_dir / "replay" / "rows.npy")[1]),
+                 "resume": call("--resume", str(run_dir)),
+                 "evaluate": call("--evaluate", str(run_dir), "--eval-episodes", "2"),
+                 "dream": call("--dream", str(run_dir), "--dream-horizon", "10")}
+        return found | {"dream_bytes": (run_dir / "videos" / "dream.gif").stat().st_size}
+
+
+def peer(script: str, tiny: bool, peer_python: str, **_) -> dict:
+    """`speed.py` beside sheeprl, which keeps a record of its own."""
+    done = subprocess.run([sys.executable, str(HERE / "speed.py"), "--script", script, "--peer", "sheeprl",
+                           "--peer-python", peer_python, "--amp", "both", "--rounds", "15",
+                           *["--setting", "tiny"] * tiny], text=True, capture_output=True)
+    return {"exit_status": done.returncode, "said": (done.stdout + done.stderr)[-3000:]}
+
+
+STEPS = {step.__name__: step for step in (
+    parity, losses, synchronisation, speed, acting, peer, real_run)}
+
+
+# -------------------------------------------------------------------------------------------- the whole
+def plan(options: Options) -> dict[str, tuple[str, dict]]:
+    """Name -> which function with which arguments, the most telling first."""
+    scripts = [options.script] if options.script else ["dreamer_v3", "dreamer_v2", "dreamer_v1"]
+    tiny, modes = options.is_tiny, list(MODES)
+    if tiny:  # a graph needs CUDA, and compiling takes a minute
+        modes = [mode for mode in modes if "graph" not in mode and "compiled" not in mode]
+    common = {"device": options.device, "tiny": tiny}
+    steps = {f"parity {script}": ("parity", dict(script=script) | common) for script in scripts}
+    quick = [mode for mode in modes if "compiled" not in mode]
+    for chosen in (quick, [mode for mode in modes if mode not in quick]):
+        for script in scripts:
+            size = SIZES[script][0]
+            for mode in chosen:
+                steps[f"losses {script} {mode}"] = "losses", dict(
+                    script=script, mode=mode, size=size) | common
+            if chosen is quick:
+                steps[f"synchronisation {script}"] = "synchronisation", dict(
+                    script=script, mode="bf16", size=size) | common
+        for script in scripts:
+            for size in SIZES[script][:1 if tiny else None]:
+                for mode in chosen:
+                    steps[f"speed {script} {size} {mode}"] = "speed", dict(
+                        script=script, mode=mode, size=size) | common
+        for script in scripts if chosen is quick else ():
+            steps[f"real_run {script}"] = "real_run", dict(script=script) | common
+            steps[f"acting {script}"] = "acting", dict(
+                script=script, mode="bf16" if tiny else "bf16 graph", size=SIZES[script][0]) | common
+            if options.peer_python:
+                steps[f"peer {script}"] = "peer", dict(
+                    script=script, peer_python=options.peer_python) | common
+    return {name: step for name, step in steps.items()
+            if not options.only or name.startswith(options.only)}
+
+
+def carry_out(function: str, arguments: dict, seconds: float) -> dict:
+    """A step in a process of its own."""
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
+        command = [sys.executable, __file__, "step", function, json.dumps(arguments), answer.name]
+        with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              start_new_session=True) as process:
+            try:
+                said, _ = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                said, _ = process.communicate()
+                return {"error": f"took more than {seconds:.0f} s", "said": said[-1500:]}
+        text = answer.read()
+    return json.loads(text) if text else {"error": f"exit status {process.returncode}",
+                                          "said": said[-1500:]}
+
+
+def difference(first: dict[str, float], other: dict[str, float]) -> float:
+    """The largest relative difference of a loss; those near 0 count against 1."""
+    return max(abs(other[name] - value) / max(1.0, abs(value)) for name, value in first.items())
+
+
+def summary(steps: dict[str, dict]) -> str:
+    """What was found, as Markdown."""
+    lines = []
+    for name, found in steps.items():
+        script = name.split()[1]
+        if "error" in found or "skipped" in found:
+            lines.append(f"{name}: {found.get('error') or found['skipped']}")
+        elif name.startswith("parity"):
+            lines.append(f"{name}: {' '.join(found['summary'])}")
+        elif name.startswith("losses"):
+            is_plain = name.split()[-1] in ("float32", "bf16")
+            how, base = ("drawn", "float32") if is_plain else (
+                "by rule", "bf16" if "bf16" in name else "float32")
+            plain = steps.get(f"losses {script} {base}", {}).get(how)
+            if plain and not name.endswith(" float32"):
+                worst = [difference(*pair) for pair in zip(plain, found[how])]
+                lines.append(f"{name}: differs from {base} by {worst[0]:.2e} in the first update, "
+                             f"by {worst[-1]:.2e} in number {UPDATES} ({how})")
+        elif name.startswith("synchronisation"):
+            lines.append(f"{name}: none")
+        elif name.startswith("acting"):
+            lines.append(f"{name}: " + ", ".join(
+                f"{key} {value:.2f}" if isinstance(value, float) else
+                f"{key} {value['timesteps_per_second']:.0f} timesteps/s" for key, value in found.items() if key != "took"))
+        elif name.startswith("real_run"):
+            codes = [found[key]["exit_status"] for key in ("resume", "evaluate", "dream")]
+            lines.append(f"{name}: killed at {found['killed_at']}, exit statuses {codes}")
+    rows = ["| script, size, mode | updates/s | host ms | peak GB | kernels | first update s |",
+            "|---|---|---|---|---|---|"]
+    rows += [f"| {name.removeprefix('speed ')} | {found['updates_per_second']:.3g} "
+             f"| {1e3 * found['host_seconds']:.1f} | {found['peak_bytes'] / 1e9:.2f} "
+             f"| {found.get('kernels', '')} | {max(found['first']):.1f} |"
+             for name, found in steps.items() if "updates_per_second" in found]
+    return "\n".join([*lines, "", *rows])
+
+
+def main() -> None:
+    """All steps, as far as the time reaches."""
+    options = tyro.cli(Options, description=__doc__)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: there is no CUDA device; --device cpu tries the steps at tiny sizes.")
+    begin, dirty = time.time(), "-dirty" if git("status", "--porcelain", "-uno") else ""
+    record = {"gpu": machine(), "commit": git("rev-parse", "HEAD") + dirty, "steps": {},
+              "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(begin))}
+    if torch.cuda.is_available():
+        record["gpu"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
+                          "memory": torch.cuda.get_device_properties(0).total_memory}
+    stamp = time.strftime("%Y%m%d%H%M%S", time.gmtime(begin))
+    path = Path(options.results) / f"gpu_{options.device}_{stamp}.json"
+    for name, (function, arguments) in plan(options).items():
+        left = begin + 60 * options.minutes - time.time()
+        start = time.time()
+        found = (carry_out(function, arguments, min(left, SLOWEST)) if left > 5
+                 else {"skipped": "no time left"})
+        record["steps"][name] = found | {"took": round(time.time() - start, 1)}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"{name}: {found.get('error') or found.get('skipped') or 'done'} "
+              f"({time.time() - start:.0f} s)", flush=True)
+    print(summary(record["steps"]), path, sep="\n")
+
+
+def step(function: str, arguments: str, answer: str) -> None:
+    """What a step's process does."""
+    found = STEPS[function](**json.loads(arguments))
+    text = json.dumps(found)
+    assert math.isfinite(found.get("seconds", 0.0)), text
+    Path(answer).write_text(text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["step"]:
+        step(*sys.argv[2:])
+    else:
+        main()
