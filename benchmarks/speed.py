@@ -5,7 +5,7 @@
     python benchmarks/speed.py --setting tiny --threads 1 --old OTHER_CHECKOUT/dreamer_v3.py
     python benchmarks/speed.py --scaling --envs             also: batch shapes, environments
     python benchmarks/speed.py --profile                    only: where an update spends its time
-    python benchmarks/speed.py --table --write              results/*.json into the README
+    python benchmarks/speed.py --table --write              results/*.json into the README, speed.md
 
 Every side (ours, an older version of it, the peer; float32, bf16) is one process, and they take
 turns: A B, B A, A B ... A machine that is busy for a minute is then busy for all; a ratio is the
@@ -93,7 +93,7 @@ class Options:
     table: bool = False
     """Print the table of all results, as Markdown, and measure nothing."""
     write: bool = False
-    """With --table: into README.md, between its marks."""
+    """With --table: all of it into results/speed.md, the main rows into README.md."""
 
     def __post_init__(self) -> None:
         """Fill in the shapes of the paper."""
@@ -383,6 +383,26 @@ def table() -> str:
     return "\n\n".join(parts)
 
 
+def brief() -> str:
+    """The rows for the README: each script at the authors' setting beside the peer, not compiled."""
+    rows = []
+    for record in latest_records():
+        options, sides = record["options"], record.get("sides", {})
+        if record["kind"] != "speed" or options["setting"] != "size" or not options["peer"]:
+            continue
+        for name, ours in sides.items():
+            theirs = sides.get(name.replace("ours", options["peer"]))
+            if name.startswith("ours") and "compiled" not in name and theirs:
+                seconds = [f"{statistics.median(side['update']):.3g}" for side in (theirs, ours)]
+                memory = [f"{side['peak_memory'] / 1e9:.1f}" for side in (theirs, ours)]
+                share = ratios(ours["update"], theirs["update"])[1]
+                cells = [f"{options['script']} {options['size']}, {name.split()[1]}", *seconds,
+                         f"{share:.2f}", " / ".join(memory), place(record), record["commit"][:9]]
+                rows.append(f"| {' | '.join(cells)} |")
+    head = ["", "sheeprl s/update", "ours s/update", "share", "GB, theirs / ours", "machine", "commit"]
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+
+
 def other_line(record: dict) -> str:
     """A result of whole_run.py or of ranks.py in one line."""
     options, seconds = record["options"], record["seconds"]
@@ -415,7 +435,9 @@ def main() -> None:
     if options.table:
         print(table())
         if options.write:
-            write_between(MARKS, table())
+            write_between(MARKS, brief())
+            (HERE / "results" / "speed.md").write_text(
+                "Made by `python benchmarks/speed.py --table --write`.\n\n" + table() + "\n")
     elif options.profile:
         side = list(start_sides(options).values())[-1]
         side.ask("batch", length=options.batch_length, rows=options.batch_size)

@@ -97,3 +97,14 @@ def test_gpu_benchmark_without_a_gpu_or_without_time(monkeypatch, tmp_path, caps
     gpu.main()
     record, = (json.loads(path.read_text()) for path in tmp_path.iterdir())
     assert {step["skipped"] for step in record["steps"].values()} == {"no time left"}
+
+
+# ---- Tables in the README ------------------------------------------------------------------------
+
+def test_generated_tables_are_not_stale():
+    """`python benchmarks/speed.py --table --write`, and the same of learning.py, make them anew."""
+    readme = (ROOT / "README.md").read_text()
+    for marks, table in ((speed.MARKS, speed.brief()), (learning.MARKS, learning.table())):
+        shown = readme.partition(marks[0] + "\n")[2].partition("\n" + marks[1])[0]
+        assert shown == table
+    assert speed.table() in (ROOT / "benchmarks" / "results" / "speed.md").read_text()
