@@ -136,10 +136,10 @@ PAPER = dict(
 SIZES = {  # XXS is ours, for laptops and tests
     "XXS": PAPER | dict(deter=128, hidden=128, units=128, reward_layers=2, critic_layers=2,
                         pcont_layers=2, actor_layers=2, depth=8, mlp_units=128, mlp_layers=2,
-                        batch_size=16, batch_length=16, train_ratio=256.0, learning_starts=500,
-                        model_lr=1e-3, actor_lr=1e-4, critic_lr=1e-3, gamma=0.95, kl_scale=0.1,
-                        free_nats=1.0, imag_horizon=15, clip_rewards="none", expl_amount=0.3,
-                        expl_decay=0.0, expl_min=0.0),
+                        batch_size=16, batch_length=16, train_ratio=64.0, learning_starts=500,
+                        model_lr=1e-3, actor_lr=1e-4, critic_lr=1e-3, gamma=0.98, kl_scale=0.01,
+                        free_nats=0.0, clip_rewards="none", imag_horizon=15, expl_amount=0.3,
+                        expl_decay=8000.0, expl_min=0.0),
     "paper": PAPER,
 }
 TASKS = {  # the paper's settings for discrete and for continuous control: what --size leaves open

@@ -132,9 +132,10 @@ PAPER = dict(
     eval_greedy=True)
 SIZES = {  # XXS is ours, for laptops and tests
     "XXS": PAPER | dict(deter=128, hidden=128, units=128, layers=2, depth=8, mlp_units=128,
-                        mlp_layers=2, stoch=16, classes=16, batch_length=16, train_ratio=256.0,
-                        learning_starts=500, model_lr=1e-3, actor_lr=1e-4, critic_lr=1e-3,
-                        gamma=0.95, kl_scale=0.1, free_nats=0.0),
+                        mlp_layers=2, stoch=16, classes=16, batch_length=16, train_ratio=64.0,
+                        learning_starts=500, model_lr=1e-3, actor_lr=2e-4, critic_lr=1e-3,
+                        gamma=0.98, kl_scale=0.01, free_nats=0.0, clip_rewards="none",
+                        actor_entropy=0.1),
     "paper": PAPER,
 }
 TASKS = {  # the authors' settings for Atari and for DeepMind Control: what --size leaves open

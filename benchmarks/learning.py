@@ -48,15 +48,14 @@ COMMANDS = {  # what a user types behind `python SCRIPT.py`
                     "--actor-lr 3e-4 --critic-lr 5e-4 --threads 1",
     },
     "dreamer_v2": {
-        "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 3 --gamma 0.97 "
-                    "--kl-scale 0.03 --total-timesteps 5000 --threads 1",
-        "pendulum": "--env-id Pendulum-v1 --size XXS --actor-entropy 0.1 "
-                    "--total-timesteps 4000 --threads 1",
+        "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 20000 "
+                    "--threads 1",
+        "pendulum": "--env-id Pendulum-v1 --size XXS --total-timesteps 16000 --threads 1",
     },
     "dreamer_v1": {
-        "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 3 --gamma 0.97 "
-                    "--kl-scale 0.03 --total-timesteps 5000 --threads 1",
-        "pendulum": "--env-id Pendulum-v1 --size XXS --total-timesteps 5000 --threads 1",
+        "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 10000 "
+                    "--threads 1",
+        "pendulum": "--env-id Pendulum-v1 --size XXS --total-timesteps 16000 --threads 1",
     },
 }
 MARKS = ("<!-- laptop:begin -->", "<!-- laptop:end -->")
