@@ -55,7 +55,7 @@ COMMANDS = {  # what a user types behind `python SCRIPT.py`
     "dreamer_v1": {
         "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 10000 "
                     "--threads 1",
-        "pendulum": "--env-id Pendulum-v1 --size XXS --total-timesteps 16000 --threads 1",
+        "pendulum": "--env-id Pendulum-v1 --size XXS --total-timesteps 10000 --threads 1",
     },
 }
 MARKS = ("<!-- laptop:begin -->", "<!-- laptop:end -->")
