@@ -52,7 +52,8 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     o_t  image, vector (x_t here)       s_t  feat = [deter, stoch] (h_t, z_t here)
     a_t  action           r_t  reward           V_lambda  ret (V_t here)       v_t  value
     gamma  args.gamma     lambda  args.return_lambda        beta  args.kl_scale
-    p  posterior, post_*  q  prior, prior_*: the later papers, and this file, have q(z|h,x), p(z|h)
+    p, q  the paper's posterior and prior: here post_* and prior_*, written q(z|h,x) and p(z|h) as
+          in the later papers
     Dimension key
     T  replay time, 50     B  batch, 50     N = T * B  imagination starts, 2500         (control)
     (with --pcont N = (T - 1) * B)
@@ -71,33 +72,37 @@ From the paper:
     [V1-3]  lambda-returns, which end in the critic's value, look beyond the horizon.
     [V1-4]  where ends are predicted, they are discounts: an imagined episode fades out.
     [V1-5]  each term is weighted by the discounts before it. Without it the end of an imagined
-            trajectory counts as much as its start, though it may never be reached.
+            trajectory counts as much as its start, though it may never be reached. (By gamma^t
+            where no end is predicted: authors' code.)
     [V1-6]  noise on the actions while data is collected: normal, or another action at random.
-    [V1-7]  free nats: below them the KL has no gradient at all.
-From the authors' code only:
-            [V1-5] weights by gamma^t where no end is predicted; [V1-7] limits the mean of a batch.
-            The sizes of --size paper: 400 units (paper: 300), 2 to 4 layers (paper: 3).
+    [V1-7]  free nats: while the batch's mean KL is below them, it has no gradient. (The mean, not
+            each KL: authors' code, and so are 400 units, paper: 300, and 2 to 4 layers, paper: 3.)
 
 Deviation (from the authors' code, danijar/dreamer 56d4d44)
     * No update is spent on building the variables.
-    * bfloat16 is the default where the hardware supports it (theirs: float16 with loss scaling).
-      `--amp off` is float32. State and acting stay in float32.
+    * bfloat16 is the default where the hardware supports it, from 256 units on (theirs: float16
+      with loss scaling). `--amp off` is float32. State and acting stay in float32.
     * --size XXS is ours, for laptops, and so are vector observations.
     * A row holds the action chosen at its observation (theirs: the one that led to it). They feed
-      the first action of a window into a zero state; here it is zero, unless the carry gives it.
+      the first action of a window into a zero state; here it is zero.
     * Windows are drawn from one ring, uniformly, the running episode and the last step of each
       included; they may cross the end of an episode, where is_first resets the state. Theirs lie
       in complete episodes, drawn uniformly whatever their length, without the last step.
     * The ring has an end (--buffer-size); they keep every episode.
     * Latent noise is drawn for each row; theirs is one vector for a batch: it looks accidental.
-    * Updates are spread over the timesteps (theirs: 100 at once, every 1,000 frames).
+    * Updates are spread over the timesteps (theirs: 100 at once, every 1,000 frames). Our counts
+      are timesteps, theirs frames: the same at an action repeat of 2.
     * Discrete actions take the paper's setting without asking (TASKS), with exploration drawn for
       each environment; theirs adds a normal number and predicts no end, unless told otherwise.
-    * Starts that are terminal have weight zero: in their windows there is none.
+      The chance of a random action is halved every 200,000 frames, which is the form of their code
+      (paper: from 0.4 to 0.1, linearly, over the first 200,000 updates).
+    * With --pcont starts that are terminal have weight zero: in their windows there is none.
+    * Images are resized by area (theirs: bilinear); charts/episodic_return is that of training,
+      with its noise (theirs: also of test episodes).
     * Random and other episodes are not played to their end before training goes on.
     * Evaluation takes tanh(mean), theirs the best of 100 samples.
-    * The action repeat is 1 (Atari: 4) unless asked for, theirs is 2; no sticky actions; a time
-      limit of 1,000 frames is not imposed, and a lost life ends nothing.
+    * The action repeat is 1 (Atari: 4) unless asked for, theirs is 2; no time limit of 1,000 frames
+      is imposed, and a lost life ends nothing.
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
@@ -136,7 +141,8 @@ PAPER = dict(
 SIZES = {  # XXS is ours, for laptops and tests
     "XXS": PAPER | dict(deter=128, hidden=128, units=128, reward_layers=2, critic_layers=2,
                         pcont_layers=2, actor_layers=2, depth=8, mlp_units=128, mlp_layers=2,
-                        batch_size=16, batch_length=16, train_ratio=64.0, learning_starts=500,
+                        batch_size=16, batch_length=16, train_ratio=64.0, total_timesteps=100_000,
+                        learning_starts=500,
                         model_lr=1e-3, actor_lr=1e-4, critic_lr=1e-3, gamma=0.98, kl_scale=0.01,
                         free_nats=0.0, clip_rewards="none", imag_horizon=15, expl_amount=0.3,
                         expl_decay=8000.0, expl_min=0.0),
@@ -144,9 +150,9 @@ SIZES = {  # XXS is ours, for laptops and tests
 }
 TASKS = {  # the paper's settings for discrete and for continuous control: what --size leaves open
     "discrete": dict(pcont=True, imag_horizon=10, kl_scale=0.1, clip_rewards="tanh",
-                     expl_amount=0.4, expl_min=0.1, expl_decay=200_000.0),
+                     expl_amount=0.4, expl_min=0.1, expl_decay=200_000.0, sticky=0.25),
     "continuous": dict(pcont=False, imag_horizon=15, kl_scale=1.0, clip_rewards="none",
-                       expl_amount=0.3, expl_min=0.0, expl_decay=0.0),
+                       expl_amount=0.3, expl_min=0.0, expl_decay=0.0, sticky=0.0),
 }
 
 
@@ -161,6 +167,7 @@ class Args(RunArgs):
     grayscale: bool | None = None  # Images in shades of grey
     clip_rewards: Literal["none", "tanh", "clip"] | None = None  # How rewards are squashed
     pixels: bool = False  # Observe the rendered picture instead of what the environment gives
+    sticky: float | None = None  # Atari: chance that the last action is repeated
 
     # The length
     total_timesteps: int | None = None  # Decisions of the agent; frames = these x action repeat
@@ -221,8 +228,8 @@ class Args(RunArgs):
         """Raise `UserError`, one line, for a value that cannot work."""
         check_numbers(self, may_be_zero={
             "learning_starts", "return_lambda", "kl_scale", "free_nats", "pcont_scale",
-            "expl_amount", "expl_decay", "expl_min"}, shares={
-            "gamma": 1, "return_lambda": 1})
+            "expl_amount", "expl_decay", "expl_min", "sticky"}, shares={
+            "sticky": 1, "gamma": 1, "return_lambda": 1})
         if (self.imag_horizon or 2) < 2:
             raise UserError("--imag-horizon is 1; returns take at least 2 steps.")
         check_lengths(self)
@@ -241,7 +248,7 @@ class Args(RunArgs):
     def env_config(self) -> EnvConfig:
         """What it takes to build one environment."""
         return EnvConfig(self.env_id, 64, bool(self.grayscale), self.action_repeat,
-                         self.max_episode_steps, self.noop_max,
+                         self.max_episode_steps, self.noop_max, sticky=self.sticky,
                          render=self.capture_video, pixels=self.pixels)
 
 
@@ -444,7 +451,7 @@ def init_output(layer: nn.Module) -> nn.Module:
 
 
 class PixelToGrid(nn.ConvTranspose2d):
-    """Transposed convolution of a single pixel: a plain product, and many times as fast as one."""
+    """Transposed convolution of a single pixel: one matrix product, which is much faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, 1, 1) -> (n, outputs, size, size), channels-last in memory."""
@@ -550,8 +557,7 @@ class Encoder(nn.Module):
             parts.append(features.reshape(*image.shape[:2], -1))
         if vector is not None:
             parts.append(self.mlp(vector))
-        embed = torch.cat(parts, -1)  # (T, B, E)
-        return embed
+        return torch.cat(parts, -1)
 
 
 class Decoder(nn.Module):
@@ -572,7 +578,7 @@ class Decoder(nn.Module):
             self.vector_head = Head(feat_dim, args.mlp_units, args.mlp_layers, spec.vector_dim)
 
     def image(self, feat: Tensor) -> Tensor:
-        """(T, B, F) -> mean image (T, B, I, I, C), in float32, [-0.5, 0.5] where it is right."""
+        """(T, B, F) -> mean image (T, B, I, I, C), in float32; the targets lie in [-0.5, 0.5]."""
         seed = self.cnn_in(feat).reshape(-1, self.start, self.start, self.cnn[0].in_channels)
         pixels = self.cnn(seed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:]).float()
@@ -657,7 +663,7 @@ class RSSM(nn.Module):
         raw = self.obs_stats(self.obs_out(next_deter, embed_in))
         return next_deter, self.latent(raw).sample(), raw
 
-    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor | None, deter: Tensor,
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, deter: Tensor,
                 stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior states of a sequence.
 
@@ -665,7 +671,6 @@ class RSSM(nn.Module):
             embed: (T, B, E).
             prev_action: (T, B, A), the action that led to each observation.
             is_first: (T, B); there an episode begins: from the initial state, with a zero action.
-                None: nowhere, which saves acting the time to compute that state.
             deter, stoch: (B, D) and (B, Z), the state before the first observation.
 
         Returns:
@@ -674,17 +679,13 @@ class RSSM(nn.Module):
         What does not depend on the previous state is computed for all T at once, so that the loop
         holds the recurrence alone.
         """
-        firsts = [None] * len(embed)
-        if is_first is not None:
-            prev_action, firsts = prev_action * ~is_first[..., None], is_first[..., None].unbind()
-            first_deter, first_stoch = self.initial_state()
-        action_in = self.action_in(prev_action)  # (T, B, U)
+        first_deter, first_stoch = self.initial_state()
+        action_in = self.action_in(prev_action * ~is_first[..., None])  # (T, B, U)
         embed_in = self.obs_out.project(embed)  # (T, B, U)
         deters, stochs, raws = [], [], []
-        for first, action_t, embed_t in zip(firsts, action_in.unbind(), embed_in.unbind()):
-            if first is not None:
-                deter = torch.where(first, first_deter, deter)
-                stoch = torch.where(first, first_stoch, stoch)
+        for first, action_t, embed_t in zip(is_first[..., None], action_in, embed_in):
+            deter = torch.where(first, first_deter, deter)
+            stoch = torch.where(first, first_stoch, stoch)
             deter, stoch, raw = self.obs_step(deter, stoch, action_t, embed_t)
             deters.append(deter), stochs.append(stoch), raws.append(raw)
         return torch.stack(deters), torch.stack(stochs), torch.stack(raws)
@@ -708,7 +709,7 @@ class WorldModel(nn.Module):
         return Normal(self.reward_head(feat).squeeze(-1))
 
     def cont(self, feat: Tensor) -> Bernoulli:
-        """(..., F) -> distribution of "the episode goes on" (...)."""
+        """(..., F) -> distribution of "the episode goes on" (...), its mean times gamma."""
         return Bernoulli(self.cont_head(feat).squeeze(-1))
 
 
@@ -721,7 +722,8 @@ class Actor(nn.Module):
         self.discrete = spec.discrete
         outputs = spec.action_dim if spec.discrete else 2 * spec.action_dim
         self.head = Head(feat_dim, args.units, args.actor_layers, outputs)
-        self.init_std, self.min_std = args.actor_init_std, args.actor_min_std
+        self.min_std, std = args.actor_min_std, args.actor_init_std
+        self.raw_std = std + math.log(-math.expm1(-std))  # softplus gives `std` of it
 
     def forward(self, feat: Tensor) -> Tensor:
         """(..., F) -> parameters of the policy (..., A), or (..., 2A) for continuous actions."""
@@ -731,7 +733,7 @@ class Actor(nn.Module):
         """Distribution of actions from `forward`'s output: one-hot, or from mean and deviation."""
         if not self.discrete:
             mean, raw_std = raw.chunk(2, -1)  # a mean within 5, a deviation of 5 at first
-            std = F.softplus(raw_std + math.log(math.expm1(self.init_std))) + self.min_std
+            std = F.softplus(raw_std + self.raw_std) + self.min_std
             return TanhNormal(5 * (mean / 5).tanh(), std)
         return OneHot(raw)
 
@@ -752,8 +754,9 @@ class Critic(nn.Module):
 def world_model_loss(model: WorldModel, batch: Batch, carry: State,
                      args: Args) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
     """Scaled loss terms of the world model, (T, B) or scalars, over every replayed step. Eq. 10:
-        L = -ln p(x_t|s_t) - ln p(r_t|s_t) - 10 ln p(gamma_t|s_t)
-            + beta max(3, mean KL[ q(z_t|h_t,x_t) || p(z_t|h_t) ])
+        L = -ln p(x_t|s_t) - ln p(r_t|s_t) - pcont_scale ln p(gamma_t|s_t)
+            + beta max(free_nats, mean KL[ q(z_t|h_t,x_t) || p(z_t|h_t) ])
+    ln p(gamma_t|s_t) and the limit of the mean are from the authors' code.
 
     Returns the terms, the posterior states deter (T, B, D) and stoch (T, B, Z), and statistics.
     """
@@ -838,8 +841,8 @@ def critic_loss(value_dist: Normal, ret: Tensor, weight: Tensor) -> Tensor:
 class Optimizer:
     """Adam, on gradients clipped by their global norm."""
 
-    def __init__(self, params, lr: float, eps: float, clip: float):
-        self.params, self.clip = list(params), clip
+    def __init__(self, module: nn.Module, lr: float, eps: float, clip: float):
+        self.params, self.clip = list(module.parameters()), clip
         self.lr, self.eps = lr, eps
         self.mean = [torch.zeros_like(param) for param in self.params]
         self.square = [torch.zeros_like(param) for param in self.params]
@@ -894,12 +897,9 @@ class Agent(nn.Module):
         self.actor = Actor(args, spec, feat_dim)
         self.critic = Critic(args, feat_dim)
         self.to(device, memory_format=torch.channels_last)
-        self.model_opt = Optimizer(self.world_model.parameters(), args.model_lr, args.model_eps,
-                                   args.model_clip)
-        self.actor_opt = Optimizer(self.actor.parameters(), args.actor_lr, args.actor_eps,
-                                   args.actor_clip)
-        self.critic_opt = Optimizer(self.critic.parameters(), args.critic_lr, args.critic_eps,
-                                    args.critic_clip)
+        self.model_opt = Optimizer(self.world_model, args.model_lr, args.model_eps, args.model_clip)
+        self.actor_opt = Optimizer(self.actor, args.actor_lr, args.actor_eps, args.actor_clip)
+        self.critic_opt = Optimizer(self.critic, args.critic_lr, args.critic_eps, args.critic_clip)
         self.bf16 = use_bf16(args.amp, device, args.units >= 256)
         if args.compile:
             rssm, networks = self.world_model.rssm, (Encoder, Head, Actor)
@@ -926,9 +926,9 @@ class Agent(nn.Module):
         loss_model = sum(loss.mean() for loss in losses.values())
         model_grads = self.model_opt.grads(loss_model)  # applied below
 
-        # Imagination, from every posterior state
+        # Imagination, from every posterior state (with --pcont but the last of each window)
         with self.autocast():
-            if args.pcont:  # their windows end with an episode: its last state is no start
+            if args.pcont:  # the last state of a window could be terminal
                 deter, stoch = deter[:-1], stoch[:-1]
             feat = imagine(model, self.actor, deter.flatten(0, 1), stoch.flatten(0, 1),
                            args.imag_horizon)[1:]  # (H, N, F)
@@ -936,13 +936,13 @@ class Agent(nn.Module):
             value = self.critic(feat).mean()  # (H, N)
             discount = torch.full_like(reward, args.gamma)  # (G, N)
             if args.pcont:
-                discount = model.cont(feat[:-1]).mean()  # (G, N) [V1-4]
+                discount = model.cont(feat[:-1]).mean()  # (G, N) [V1-4] gamma included
 
         # Returns: reward and discount are those of state t itself, as in Eq. 6
-        ones = torch.ones_like(discount[:1])  # (1, N)
-        weight = torch.cat([ones, discount[:-1]]).cumprod(0).detach()  # (G, N) [V1-5]
-        if args.pcont:  # neither is one in the middle of a window, where ours may have it
-            weight = weight * (~batch.is_terminal[:-1]).float().flatten()  # (G, N)
+        alive = torch.ones_like(discount[:1])  # (1, N)
+        if args.pcont:  # a terminal row inside a window is no start either (theirs has none there)
+            alive = (~batch.is_terminal[:-1]).float().view(1, -1)  # (1, N)
+        weight = torch.cat([alive, discount[:-1]]).cumprod(0).detach()  # (G, N) [V1-5]
         ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (G, N) [V1-3]
 
         # Actor and critic
@@ -974,8 +974,7 @@ class Agent(nn.Module):
             for array in (obs.image, obs.vector, obs.is_first, obs.is_last))
         embed = self.world_model.encoder(centre(image), vector)
         deter, stoch, _ = self.world_model.rssm.observe(
-            embed, state.action[None], is_first if obs.is_first.any() else None, state.deter,
-            state.stoch)
+            embed, state.action[None], is_first, state.deter, state.stoch)
         policy = self.actor.policy(self.actor(torch.cat([deter[0], stoch[0]], -1)))
         action = policy.sample() if sample else policy.mode()
         if random:
@@ -1029,8 +1028,7 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
     feats = torch.stack([feat[:, :1], torch.stack(imag_feat)[:, :1]])  # (2, T, 1, F)
     names = ["what happened", "reconstruction", "imagination"]
     if batch.image is None:
-        vectors = model.decoder.vector(feats)[:, :, 0]
-        vectors = torch.stack([batch.vector[:, 0], *vectors])
+        vectors = torch.stack([batch.vector[:, 0], *model.decoder.vector(feats)[:, :, 0]])
         return dict(zip(names, vectors.cpu().numpy()))
     images = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]
     images = torch.stack([batch.image[:, 0], *((images + 0.5).clamp(0, 1) * 255).round().byte()])
@@ -1058,9 +1056,8 @@ def explore(args: Args, step: int, state: State, obs: EnvStep, discrete: bool) -
 
 
 def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
-    """Updates to make now, so that every timestep is replayed `train_ratio` times on average.
-
-    `done` updates were made before; `world` processes share the work.
+    """Updates to make now, so that from the first one on every timestep is replayed `train_ratio`
+    times on average, besides --pretrain. `done` were made before; `world` processes share the work.
     """
     steps, replayed = step - first_update(args, world), args.batch_size * args.batch_length
     if steps < 0:
@@ -1095,6 +1092,8 @@ def train(args: Args, run_dir: Path | None) -> None:
             for _ in range(due):
                 metrics = agent.train_step(feeder.next(), before)  # train
                 feeder.prepare()  # draw the next batch while a GPU works on this one
+                if run.stopping():
+                    break  # what is due stays due
             run.log_and_save(obs, metrics)  # log
             if not args.offline:
                 obs = envs.step(action)  # step

@@ -59,28 +59,31 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     Z = S * K  stochastic state, 1024     F = D + Z  feature, 1624     U  hidden units, 600
     V  vector observation     I, I, C  image, 64 64 1
     Equations of the paper: 1 RSSM; 2 world_model_loss; 3 Actor and Critic; 4 lambda_return;
-    5 critic_loss; 6 actor_loss. The paper writes V^lambda_t for the return, gamma_t for d_t
+    5 critic_loss; 6 actor_loss. The paper writes V^lambda_t for the return, gamma_t for d_t;
+    `cont` predicts gamma (1 - end), which is d_t
 
 What changed since DreamerV1 (each tag stands where the change happens), and what it is good for.
 From the paper:
     [V2-1]  32 categoricals of 32 classes in place of a Gaussian latent, with straight-through
             gradients. A Gaussian has one mode: it blurs what may go one way or the other.
-    [V2-2]  KL balancing, 0.8 for the prior and 0.2 for the posterior. Else a posterior that should
-            inform is drawn to a prior that has not learnt yet.
+    [V2-2]  KL balancing, 0.8 for the prior and 0.2 for the posterior. Without it the posterior is
+            pulled to a prior that has not learnt yet, and loses information.
     [V2-4]  REINFORCE with a baseline for discrete actions: a gradient that has come back through H
             straight-through samples is biased. Continuous actions keep it, for it varies less.
     [V2-5]  an entropy bonus. V1 added noise to the actions instead.
     [V2-6]  the critic's targets come from a copy of it that is renewed every 100 updates. Targets
-            that move with every update chase themselves. (The baseline, too: authors' code.)
+            that move with every update chase themselves. (So does the baseline: authors' code.)
     [V2-8]  ELU in the convolutions too, wider networks, 4 layers in every head.
     [V2-9]  weight decay, and another epsilon for Adam.
     [V2-11] continuous actions from a normal truncated to [-1, 1] (V1: tanh of a normal).
-    On Atari, besides: grey images, a KL scale of 0.1, no free nats, a GRU of 600.
+    On Atari, besides: grey images, no free nats, a GRU of 600, H of 15.
 From the authors' code only:
     [V2-3]  GRU with one LayerNorm over its gates (V1: the plain GRU); the paper saw little benefit.
     [V2-7]  the start of an imagined trajectory is its element 0: the critic learns there, too.
     [V2-10] the world model makes its step before the imagination (V1: all three losses first).
-    Batches of 16, gamma 0.999, an update every 16 timesteps (paper: 50, 0.995, 4) in TASKS.
+    Batches of 16, gamma 0.999, an update every 16 timesteps (paper: 50, 0.995, 4): PAPER, TASKS.
+    H - 1 actor terms: an action is credited with the return of the state that it leads to.
+Tags [V1-n] are explained in dreamer_v1.py.
 
 Deviation (from the authors' code, danijar/dreamerv2 07d906e)
     * No update is spent on building the variables.
@@ -133,9 +136,9 @@ PAPER = dict(
 SIZES = {  # XXS is ours, for laptops and tests
     "XXS": PAPER | dict(deter=128, hidden=128, units=128, layers=2, depth=8, mlp_units=128,
                         mlp_layers=2, stoch=16, classes=16, batch_length=16, train_ratio=64.0,
-                        learning_starts=500, model_lr=1e-3, actor_lr=2e-4, critic_lr=1e-3,
-                        gamma=0.98, kl_scale=0.01, free_nats=0.0, clip_rewards="none",
-                        actor_entropy=0.1),
+                        total_timesteps=100_000, learning_starts=500, model_lr=1e-3,
+                        actor_lr=2e-4, critic_lr=1e-3, gamma=0.98, kl_scale=0.01,
+                        free_nats=0.0, clip_rewards="none", actor_entropy=0.1),
     "paper": PAPER,
 }
 TASKS = {  # the authors' settings for Atari and for DeepMind Control: what --size leaves open
@@ -375,7 +378,7 @@ class Gaussian:
         return self.mean
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density (...), summed over A."""
+        """Log-density (...), summed over A. [V2-4]"""
         nats = -0.5 * ((value - self.mean) / self.std).square() - self.std.log()
         return (nats - 0.5 * math.log(2 * math.pi)).sum(-1)
 
@@ -446,7 +449,7 @@ class OneHot:
         return F.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).float()
 
     def log_prob(self, onehot: Tensor) -> Tensor:
-        """Log-probability (...) of `onehot` (..., K), which gets no gradient."""
+        """Log-probability (...) of `onehot` (..., K), which gets no gradient. [V2-4]"""
         return (onehot.detach() * self.logits).sum(-1)
 
     def entropy(self) -> Tensor:
@@ -509,7 +512,7 @@ def init_output(layer: nn.Module) -> nn.Module:
 
 
 class PixelToGrid(nn.ConvTranspose2d):
-    """Transposed convolution of a single pixel: a plain product, and many times as fast as one."""
+    """Transposed convolution of a single pixel: one matrix product, which is much faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, 1, 1) -> (n, outputs, size, size), channels-last in memory."""
@@ -626,8 +629,7 @@ class Encoder(nn.Module):
             parts.append(features.reshape(*image.shape[:2], -1))
         if vector is not None:
             parts.append(self.mlp(vector))
-        embed = torch.cat(parts, -1)  # (T, B, E)
-        return embed
+        return torch.cat(parts, -1)
 
 
 class Decoder(nn.Module):
@@ -648,7 +650,7 @@ class Decoder(nn.Module):
             self.vector_head = Head(feat_dim, args.mlp_units, args.mlp_layers, spec.vector_dim)
 
     def image(self, feat: Tensor) -> Tensor:
-        """(T, B, F) -> mean image (T, B, I, I, C), in float32, [-0.5, 0.5] where it is right."""
+        """(T, B, F) -> mean image (T, B, I, I, C), in float32; the targets lie in [-0.5, 0.5]."""
         seed = self.cnn_in(feat).reshape(-1, self.start, self.start, self.cnn[0].in_channels)
         pixels = self.cnn(seed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:]).float()
@@ -698,7 +700,7 @@ class RSSM(nn.Module):
         self.img_in = SplitDense(args.stoch_dim, action_dim, args.hidden)
         self.img_out = Dense(args.deter, args.hidden)
         self.obs_out = SplitDense(args.deter, embed_dim, args.hidden)
-        self.gru = NormGRUCell(args.hidden, args.deter)
+        self.gru = NormGRUCell(args.hidden, args.deter)  # [V2-3]
         self.img_stats = Linear(args.hidden, args.stoch_dim)
         self.obs_stats = Linear(args.hidden, args.stoch_dim)
         self.groups, self.deter_dim, self.stoch_dim = args.stoch, args.deter, args.stoch_dim
@@ -714,7 +716,7 @@ class RSSM(nn.Module):
 
     def latent(self, raw: Tensor) -> Latent:
         """Raw statistics from the last layer -> distribution of z_t."""
-        return Latent(raw, self.groups)
+        return Latent(raw, self.groups)  # [V2-1]
 
     def prior(self, deter: Tensor) -> Latent:
         """p(z_t | h_t), from h_t (..., D)."""
@@ -737,7 +739,7 @@ class RSSM(nn.Module):
         raw = self.obs_stats(self.obs_out(next_deter, embed_in))
         return next_deter, self.latent(raw).sample(), raw
 
-    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor | None, deter: Tensor,
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, deter: Tensor,
                 stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior states of a sequence.
 
@@ -745,7 +747,6 @@ class RSSM(nn.Module):
             embed: (T, B, E).
             prev_action: (T, B, A), the action that led to each observation.
             is_first: (T, B); there an episode begins: from the initial state, with a zero action.
-                None: nowhere, which saves acting the time to compute that state.
             deter, stoch: (B, D) and (B, Z), the state before the first observation.
 
         Returns:
@@ -754,17 +755,13 @@ class RSSM(nn.Module):
         What does not depend on the previous state is computed for all T at once, so that the loop
         holds the recurrence alone.
         """
-        firsts = [None] * len(embed)
-        if is_first is not None:
-            prev_action, firsts = prev_action * ~is_first[..., None], is_first[..., None].unbind()
-            first_deter, first_stoch = self.initial_state()
-        action_in = self.action_in(prev_action)  # (T, B, U)
+        first_deter, first_stoch = self.initial_state()
+        action_in = self.action_in(prev_action * ~is_first[..., None])  # (T, B, U)
         embed_in = self.obs_out.project(embed)  # (T, B, U)
         deters, stochs, raws = [], [], []
-        for first, action_t, embed_t in zip(firsts, action_in.unbind(), embed_in.unbind()):
-            if first is not None:
-                deter = torch.where(first, first_deter, deter)
-                stoch = torch.where(first, first_stoch, stoch)
+        for first, action_t, embed_t in zip(is_first[..., None], action_in, embed_in):
+            deter = torch.where(first, first_deter, deter)
+            stoch = torch.where(first, first_stoch, stoch)
             deter, stoch, raw = self.obs_step(deter, stoch, action_t, embed_t)
             deters.append(deter), stochs.append(stoch), raws.append(raw)
         return torch.stack(deters), torch.stack(stochs), torch.stack(raws)
@@ -940,8 +937,8 @@ def critic_loss(value_dist: Normal, ret: Tensor, weight: Tensor) -> Tensor:
 class Optimizer:
     """Adam, on gradients clipped by their global norm."""
 
-    def __init__(self, params, lr: float, eps: float, clip: float):
-        self.params, self.clip = list(params), clip
+    def __init__(self, module: nn.Module, lr: float, eps: float, clip: float):
+        self.params, self.clip = list(module.parameters()), clip
         self.lr, self.eps, self.decay = lr, eps, 0.0
         self.mean = [torch.zeros_like(param) for param in self.params]
         self.square = [torch.zeros_like(param) for param in self.params]
@@ -996,14 +993,11 @@ class Agent(nn.Module):
         feat_dim = self.world_model.feat_dim
         self.actor = Actor(args, spec, feat_dim)
         self.critic = Critic(args, feat_dim)
-        self.slow_critic = Critic(args, feat_dim).requires_grad_(False)
+        self.slow_critic = Critic(args, feat_dim).requires_grad_(False)  # [V2-6]
         self.to(device, memory_format=torch.channels_last)
-        self.model_opt = Optimizer(self.world_model.parameters(), args.model_lr, args.model_eps,
-                                   args.model_clip)
-        self.actor_opt = Optimizer(self.actor.parameters(), args.actor_lr, args.actor_eps,
-                                   args.actor_clip)
-        self.critic_opt = Optimizer(self.critic.parameters(), args.critic_lr, args.critic_eps,
-                                    args.critic_clip)
+        self.model_opt = Optimizer(self.world_model, args.model_lr, args.model_eps, args.model_clip)
+        self.actor_opt = Optimizer(self.actor, args.actor_lr, args.actor_eps, args.actor_clip)
+        self.critic_opt = Optimizer(self.critic, args.critic_lr, args.critic_eps, args.critic_clip)
         for optimizer in self.optimizers().values():
             optimizer.decay = args.weight_decay  # [V2-9]
         self.bf16 = use_bf16(args.amp, device, args.units >= 256)
@@ -1032,7 +1026,7 @@ class Agent(nn.Module):
         with self.autocast():
             losses, deter, stoch, metrics = world_model_loss(model, batch, carry, args)
         loss_model = sum(loss.mean() for loss in losses.values())
-        model_norm = self.model_opt.apply(self.model_opt.grads(loss_model))
+        model_norm = self.model_opt.apply(self.model_opt.grads(loss_model))  # [V2-10]
 
         # Imagination, from every posterior state
         with self.autocast():
@@ -1050,8 +1044,8 @@ class Agent(nn.Module):
 
         # Returns: reward and discount are those of state t itself, as in Eq. 4
         ones = torch.ones_like(discount[:1])  # (1, N)
-        weight = torch.cat([ones, discount[:-1]]).cumprod(0).detach()  # (H, N)
-        ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (H, N)
+        weight = torch.cat([ones, discount[:-1]]).cumprod(0).detach()  # (H, N) [V1-5]
+        ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (H, N) [V1-3]
 
         # Actor and critic
         loss_actor, entropy = actor_loss(self.actor.policy(raw[:-1]), action[:-1], ret[1:],
@@ -1091,8 +1085,7 @@ class Agent(nn.Module):
             for array in (obs.image, obs.vector, obs.is_first, obs.is_last))
         embed = self.world_model.encoder(centre(image), vector)
         deter, stoch, _ = self.world_model.rssm.observe(
-            embed, state.action[None], is_first if obs.is_first.any() else None, state.deter,
-            state.stoch)
+            embed, state.action[None], is_first, state.deter, state.stoch)
         policy = self.actor.policy(self.actor(torch.cat([deter[0], stoch[0]], -1)))
         action = policy.sample() if sample else policy.mode()
         if random:
@@ -1146,8 +1139,7 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
     feats = torch.stack([feat[:, :1], torch.stack(imag_feat)[:, :1]])  # (2, T, 1, F)
     names = ["what happened", "reconstruction", "imagination"]
     if batch.image is None:
-        vectors = model.decoder.vector(feats)[:, :, 0]
-        vectors = torch.stack([batch.vector[:, 0], *vectors])
+        vectors = torch.stack([batch.vector[:, 0], *model.decoder.vector(feats)[:, :, 0]])
         return dict(zip(names, vectors.cpu().numpy()))
     images = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]
     images = torch.stack([batch.image[:, 0], *((images + 0.5).clamp(0, 1) * 255).round().byte()])
@@ -1162,9 +1154,8 @@ def first_update(args: Args, world: int) -> int:
 
 
 def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
-    """Updates to make now, so that every timestep is replayed `train_ratio` times on average.
-
-    `done` updates were made before; `world` processes share the work.
+    """Updates to make now, so that from the first one on every timestep is replayed `train_ratio`
+    times on average, besides --pretrain. `done` were made before; `world` processes share the work.
     """
     steps, replayed = step - first_update(args, world), args.batch_size * args.batch_length
     if steps < 0:
@@ -1197,6 +1188,8 @@ def train(args: Args, run_dir: Path | None) -> None:
             for _ in range(due):
                 metrics = agent.train_step(feeder.next(), before)  # train
                 feeder.prepare()  # draw the next batch while a GPU works on this one
+                if run.stopping():
+                    break  # what is due stays due
             run.log_and_save(obs, metrics)  # log
             if not args.offline:
                 obs = envs.step(action)  # step

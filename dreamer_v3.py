@@ -74,12 +74,14 @@ From the paper:
             the entropy scale must be tuned to the size of each task's rewards.
     [V3-6]  targets and baseline come from the critic itself; its slow copy is an average over
             updates that regularises it. V2 took both from a copy that is up to 100 updates old.
-    [V3-7]  the continue head predicts whether the episode goes on, without gamma in its target.
+    [V3-7]  the continue head, in every domain, predicts whether the episode goes on: its target has
+            no gamma in it.
     [V3-8]  SiLU and LayerNorm everywhere (no bias before a norm: code): one rate for all sizes.
     [V3-9]  the output layers of reward head and critic start at zero. Random first returns would
             teach the actor nonsense.
     [V3-10] no weight decay, other rates and clips (Adam's textbook epsilon: code).
-    Windows are drawn uniformly over all rows, across episodes (ours does so in all versions).
+    One setting for all domains (V2: TASKS). Windows are drawn uniformly over all rows, across
+    episodes (ours does so in all versions).
 From the authors' code only:
     [V3-11] learned initial state (V2: zeros).
     [V3-12] 4x4 convolutions with "same" padding, down to 4x4 pixels (paper: 3x3); initialisers.
@@ -87,7 +89,7 @@ From the authors' code only:
     [V3-14] H terms in the actor's loss, an action is judged by the return of the state where it is
             chosen (V2: H - 1, the state it leads to); a terminal start has weight zero.
     [V3-15] continuous actions from a normal (V2: truncated), clipped for model and environment.
-Tags [V2-n] are explained in dreamer_v2.py.
+Tags [V1-n] and [V2-n] are explained in dreamer_v1.py and dreamer_v2.py.
 
 Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
@@ -361,7 +363,7 @@ class Gaussian:
         return self.mean
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density (...), summed over A."""
+        """Log-density (...), summed over A. [V2-4]"""
         nats = -0.5 * ((value - self.mean) / self.std).square() - self.std.log()
         return (nats - 0.5 * math.log(2 * math.pi)).sum(-1)
 
@@ -394,7 +396,7 @@ class OneHot:
         return F.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).float()
 
     def log_prob(self, onehot: Tensor) -> Tensor:
-        """Log-probability (...) of `onehot` (..., K), which gets no gradient."""
+        """Log-probability (...) of `onehot` (..., K), which gets no gradient. [V2-4]"""
         return (onehot.detach() * self.logits).sum(-1)
 
     def entropy(self) -> Tensor:
@@ -610,7 +612,7 @@ class Head(nn.Module):
 
 
 class ChannelNorm(Norm):
-    """Norm over the channels of an image batch, at each pixel for itself.
+    """Norm over the channels of an image batch, at each pixel for itself. [V3-8]
 
     The images are channels-last in memory, so both permutations are free.
     """
@@ -659,8 +661,7 @@ class Encoder(nn.Module):
             parts.append(features.reshape(*image.shape[:2], -1))
         if vector is not None:
             parts.append(self.mlp(symlog(vector)))  # [V3-1]
-        embed = torch.cat(parts, -1)  # (T, B, E)
-        return embed
+        return torch.cat(parts, -1)
 
 
 class Decoder(nn.Module):
@@ -681,7 +682,7 @@ class Decoder(nn.Module):
             self.vector_head = Head(feat_dim, args.mlp_units, args.mlp_layers, spec.vector_dim)
 
     def image(self, feat: Tensor) -> Tensor:
-        """(T, B, F) -> mean image (T, B, I, I, C), in float32, [-0.5, 0.5] where it is right."""
+        """(T, B, F) -> mean image (T, B, I, I, C), in float32; the targets lie in [-0.5, 0.5]."""
         seed = self.cnn_in(feat).reshape(-1, self.start, self.start, self.cnn[0].in_channels)
         pixels = self.cnn(seed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:]).float()
@@ -710,7 +711,7 @@ class NormGRUCell(nn.Module):
     def __init__(self, inputs: int, units: int):
         super().__init__()
         self.norm = Norm(3 * units)
-        self.linear = init_hidden(nn.Linear(units + inputs, 3 * units, bias=False))
+        self.linear = init_hidden(nn.Linear(units + inputs, 3 * units, bias=False))  # [V3-8]
 
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
         """(B, U) and h_{t-1} (B, D) -> h_t (B, D), in float32."""
@@ -731,7 +732,7 @@ class RSSM(nn.Module):
         self.img_in = SplitDense(args.stoch_dim, action_dim, args.hidden)
         self.img_out = Dense(args.deter, args.hidden)
         self.obs_out = SplitDense(args.deter, embed_dim, args.hidden)
-        self.gru = NormGRUCell(args.hidden, args.deter)
+        self.gru = NormGRUCell(args.hidden, args.deter)  # [V2-3]
         self.img_stats = Linear(args.hidden, args.stoch_dim)
         self.obs_stats = Linear(args.hidden, args.stoch_dim)
         self.groups, self.unimix = args.stoch, args.unimix
@@ -744,11 +745,11 @@ class RSSM(nn.Module):
 
     def action_in(self, action: Tensor) -> Tensor:
         """What an action (..., A) adds to the product of `img_in` (..., U)."""
-        return self.img_in.project(within_unit(action))
+        return self.img_in.project(within_unit(action))  # [V3-15]
 
     def latent(self, raw: Tensor) -> Latent:
         """Raw statistics from the last layer -> distribution of z_t."""
-        return Latent(raw, self.groups, self.unimix)
+        return Latent(raw, self.groups, self.unimix)  # [V2-1] [V3-3]
 
     def prior(self, deter: Tensor) -> Latent:
         """p(z_t | h_t), from h_t (..., D)."""
@@ -771,7 +772,7 @@ class RSSM(nn.Module):
         raw = self.obs_stats(self.obs_out(next_deter, embed_in))
         return next_deter, self.latent(raw).sample(), raw
 
-    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor | None, deter: Tensor,
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, deter: Tensor,
                 stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Posterior states of a sequence.
 
@@ -779,7 +780,6 @@ class RSSM(nn.Module):
             embed: (T, B, E).
             prev_action: (T, B, A), the action that led to each observation.
             is_first: (T, B); there an episode begins: from the initial state, with a zero action.
-                None: nowhere, which saves acting the time to compute that state.
             deter, stoch: (B, D) and (B, Z), the state before the first observation.
 
         Returns:
@@ -788,17 +788,13 @@ class RSSM(nn.Module):
         What does not depend on the previous state is computed for all T at once, so that the loop
         holds the recurrence alone.
         """
-        firsts = [None] * len(embed)
-        if is_first is not None:
-            prev_action, firsts = prev_action * ~is_first[..., None], is_first[..., None].unbind()
-            first_deter, first_stoch = self.initial_state()
-        action_in = self.action_in(prev_action)  # (T, B, U)
+        first_deter, first_stoch = self.initial_state()
+        action_in = self.action_in(prev_action * ~is_first[..., None])  # (T, B, U)
         embed_in = self.obs_out.project(embed)  # (T, B, U)
         deters, stochs, raws = [], [], []
-        for first, action_t, embed_t in zip(firsts, action_in.unbind(), embed_in.unbind()):
-            if first is not None:
-                deter = torch.where(first, first_deter, deter)
-                stoch = torch.where(first, first_stoch, stoch)
+        for first, action_t, embed_t in zip(is_first[..., None], action_in, embed_in):
+            deter = torch.where(first, first_deter, deter)
+            stoch = torch.where(first, first_stoch, stoch)
             deter, stoch, raw = self.obs_step(deter, stoch, action_t, embed_t)
             deters.append(deter), stochs.append(stoch), raws.append(raw)
         return torch.stack(deters), torch.stack(stochs), torch.stack(raws)
@@ -999,8 +995,8 @@ def critic_loss(value_dist: TwoHot, ret: Tensor, slow_value: Tensor, weight: Ten
 class Optimizer:
     """Adam, on gradients clipped by their global norm."""
 
-    def __init__(self, params, lr: float, eps: float, clip: float):
-        self.params, self.clip = list(params), clip
+    def __init__(self, module: nn.Module, lr: float, eps: float, clip: float):
+        self.params, self.clip = list(module.parameters()), clip
         self.adam = torch.optim.Adam(self.params, lr, eps=eps, fused=True,
                                      capturable=self.params[0].is_cuda)  # for a CUDA graph
 
@@ -1044,15 +1040,12 @@ class Agent(nn.Module):
         feat_dim = self.world_model.feat_dim
         self.actor = Actor(args, spec, feat_dim)
         self.critic = Critic(args, feat_dim)
-        self.slow_critic = Critic(args, feat_dim).requires_grad_(False)
+        self.slow_critic = Critic(args, feat_dim).requires_grad_(False)  # [V2-6]
         self.return_scale = ReturnScale(args)  # [V3-5]
         self.to(device, memory_format=torch.channels_last)
-        self.model_opt = Optimizer(self.world_model.parameters(), args.model_lr, args.model_eps,
-                                   args.model_clip)
-        self.actor_opt = Optimizer(self.actor.parameters(), args.actor_lr, args.actor_eps,
-                                   args.actor_clip)
-        self.critic_opt = Optimizer(self.critic.parameters(), args.critic_lr, args.critic_eps,
-                                    args.critic_clip)
+        self.model_opt = Optimizer(self.world_model, args.model_lr, args.model_eps, args.model_clip)
+        self.actor_opt = Optimizer(self.actor, args.actor_lr, args.actor_eps, args.actor_clip)
+        self.critic_opt = Optimizer(self.critic, args.critic_lr, args.critic_eps, args.critic_clip)
         self.bf16 = use_bf16(args.amp, device, args.units >= 256)
         if args.compile:
             rssm, networks = self.world_model.rssm, (Encoder, Head, Actor)
@@ -1079,7 +1072,7 @@ class Agent(nn.Module):
         with self.autocast():
             losses, deter, stoch, metrics = world_model_loss(model, batch, carry, args)
         loss_model = sum(loss.mean() for loss in losses.values())
-        model_norm = self.model_opt.apply(self.model_opt.grads(loss_model))
+        model_norm = self.model_opt.apply(self.model_opt.grads(loss_model))  # [V2-10]
 
         # Imagination, from every posterior state
         with self.autocast():
@@ -1096,8 +1089,8 @@ class Agent(nn.Module):
         # Returns: r_{t+1} and c_{t+1} follow from state t; Eq. 7 has r_t and c_t for the same
         alive = (~batch.is_terminal).float().flatten()  # (N,) [V2-7] [V3-14]
         discount = args.gamma * cont  # (H, N)
-        weight = torch.cat([alive[None], discount[:-1]]).cumprod(0)  # (H, N)
-        ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (H, N) [V3-6]
+        weight = torch.cat([alive[None], discount[:-1]]).cumprod(0)  # (H, N) [V1-5]
+        ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (H, N) [V1-3] [V3-6]
         scale = metrics["imagined/return_scale"] = self.return_scale.update(ret)
 
         # Actor and critic
@@ -1137,8 +1130,7 @@ class Agent(nn.Module):
             for array in (obs.image, obs.vector, obs.is_first, obs.is_last))
         embed = self.world_model.encoder(centre(image), vector)
         deter, stoch, _ = self.world_model.rssm.observe(
-            embed, state.action[None], is_first if obs.is_first.any() else None, state.deter,
-            state.stoch)
+            embed, state.action[None], is_first, state.deter, state.stoch)
         policy = self.actor.policy(self.actor(torch.cat([deter[0], stoch[0]], -1)))
         action = policy.sample() if sample else policy.mode()
         if random:
@@ -1192,8 +1184,7 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
     feats = torch.stack([feat[:, :1], torch.stack(imag_feat)[:, :1]])  # (2, T, 1, F)
     names = ["what happened", "reconstruction", "imagination"]
     if batch.image is None:
-        vectors = symexp(model.decoder.vector(feats))[:, :, 0]
-        vectors = torch.stack([batch.vector[:, 0], *vectors])
+        vectors = torch.stack([batch.vector[:, 0], *symexp(model.decoder.vector(feats)[:, :, 0])])
         return dict(zip(names, vectors.cpu().numpy()))
     images = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]
     images = torch.stack([batch.image[:, 0], *((images + 0.5).clamp(0, 1) * 255).round().byte()])
@@ -1208,9 +1199,8 @@ def first_update(args: Args, world: int) -> int:
 
 
 def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
-    """Updates to make now, so that every timestep is replayed `train_ratio` times on average.
-
-    `done` updates were made before; `world` processes share the work.
+    """Updates to make now, so that from the first one on every timestep is replayed `train_ratio`
+    times on average, besides --pretrain. `done` were made before; `world` processes share the work.
     """
     steps, replayed = step - first_update(args, world), args.batch_size * args.batch_length
     if steps < 0:
@@ -1243,6 +1233,8 @@ def train(args: Args, run_dir: Path | None) -> None:
             for _ in range(due):
                 metrics = agent.train_step(feeder.next(), before)  # train
                 feeder.prepare()  # draw the next batch while a GPU works on this one
+                if run.stopping():
+                    break  # what is due stays due
             run.log_and_save(obs, metrics)  # log
             if not args.offline:
                 obs = envs.step(action)  # step

@@ -102,14 +102,15 @@ def parse(args_type: type, script: str, description: str, tasks: dict[str, dict]
     given = {mode: path for mode, path in vars(found).items() if path}
     if not given:
         defaults = {f.name: f.default for f in fields(args_type)}
-        args = read_flags(args_type, description, defaults)
+        args = read_flags(args_type, description, defaults, tasks)
         return for_task(args, tasks) if tasks else args, None
     if len(given) > 1:
         raise UserError(f"{' and '.join(f'--{mode}' for mode in given)} exclude each other.")
     (mode, path), = given.items()
     run_dir = Path(path)
     original = stored_args(args_type, run_dir, script)
-    args = read_flags(args_type, description, asdict(original))
+    args = read_flags(args_type, description, asdict(original), tasks)
+    fill(args, asdict(original))  # None is what a new run fills in; this one has been filled
     fixed = {name for title, group in groups_of(args_type).items() for name in group
              if title.endswith(KEPT)} | {"offline"}
     for name in sorted(fixed - ({"num_envs"} if mode != "resume" else set())):
@@ -138,14 +139,15 @@ def for_task(args, tasks: dict[str, dict]):
     return args
 
 
-def read_flags(args_type: type, description: str, defaults: dict[str, Any]):
+def read_flags(args_type: type, description: str, defaults: dict[str, Any],
+               tasks: dict[str, dict] | None):
     """The command line as an `args_type`; `--help` shows its fields in titled groups."""
     groups, filled = [], args_type()
     for number, (title, helps) in enumerate(groups_of(args_type).items()):
         hints = {f.name: f.type for f in fields(args_type) if f.name in helps}
         group = make_dataclass(f"Group{number}", [
             (name, Annotated[hint, tyro.conf.OmitArgPrefixes, tyro.conf.arg(
-                help=helps[name] + preset_note(filled, name, defaults[name]))],
+                help=helps[name] + preset_note(filled, name, defaults[name], tasks or {}))],
              field(default=defaults[name])) for name, hint in hints.items()])
         name, _, note = title.partition(" (")
         named = Annotated[group, tyro.conf.arg(name=name, help=note.removesuffix(")"))]
@@ -173,12 +175,16 @@ def spell_out(args_type: type, words: list[str]) -> list[str]:
     return spelled
 
 
-def preset_note(filled, name: str, default: Any) -> str:
-    """What --help says of a default that is None because --size sets it."""
-    value = getattr(filled, name)
-    if default is not None or value is None:
+def preset_note(filled, name: str, default: Any, tasks: dict[str, dict]) -> str:
+    """What --help says of a default that is None because --size or the kind of actions sets it."""
+    if default is not None:
         return ""
-    return f" (--size {filled.size}: {f'{value:.6g}' if isinstance(value, float) else value})"
+    presets = {f"--size {filled.size}": getattr(filled, name)}
+    if presets == {f"--size {filled.size}": None}:
+        presets = {kind: task[name] for kind, task in tasks.items() if name in task}
+    words = [f"{where}: {f'{value:.6g}' if isinstance(value, float) else value}"
+             for where, value in presets.items()]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def groups_of(args_type: type) -> dict[str, dict[str, str]]:

@@ -76,7 +76,7 @@ class Run:
         seed_everything(args.seed, args.torch_deterministic)
         keep_freed_memory()
         self.stop, self.exit, self.error = GracefulExit(), ExitStack(), None
-        self.metrics, self.filmed, self.started, self.overdue = {}, 0, False, False
+        self.metrics, self.filmed, self.started = {}, 0, False
         self.parent = os.getppid()
 
     def __enter__(self):
@@ -173,12 +173,13 @@ class Run:
                   "a laptop: --size XXS --train-ratio 64, or an environment such as CartPole-v1")
 
     def stopping(self) -> bool:
-        """Whether to leave the main loop; the ranks also agree on a checkpoint here."""
+        """Whether to leave the main loop; also saves, on all ranks, if that is long ago."""
         is_orphan = self.world > 1 and os.getppid() != self.parent  # torchrun is gone
         stop = self.stop.requested or self.error or is_orphan
         is_late = time.monotonic() - self.last_save > CHECKPOINT_SECONDS
         agreed = max_over_ranks(2 if stop else int(is_late))
-        self.overdue = agreed == 1
+        if agreed == 1:
+            self.save()
         return agreed == 2
 
     def due(self, every: int) -> bool:
@@ -202,7 +203,7 @@ class Run:
             self.logger.scalars(values | self.logger.speeds(self.step, agent.updates), self.step)
         if self.due(args.video_every):
             self.log_video()
-        if self.due(args.checkpoint_every) or self.overdue:
+        if self.due(args.checkpoint_every):
             self.save()
         last = {"episodic_return": self.returns[-1]} if self.returns else {}
         self.logger.progress(self.step, **last, updates=agent.updates)
@@ -238,7 +239,7 @@ class Run:
         ranks = [mine] * self.world
         if dist.is_initialized():
             dist.all_gather_object(ranks, mine)
-        self.last_save, self.overdue = time.monotonic(), False
+        self.last_save = time.monotonic()
         if self.rank == 0:
             moments = {name: opt.state_dict() for name, opt in agent.optimizers().items()}
             save_checkpoint(self.dir / "checkpoint.pt", {

@@ -311,4 +311,4 @@ def math_one_hot(report: Report, fixture: Fixture, prefix: str) -> None:
 
 def math_optimizer(report: Report, fixture: Fixture, prefix: str) -> None:
     """Clipping and Adam for gradients that are given, with the settings of their world model."""
-    check_steps(report, fixture, prefix, lambda params: d1.Optimizer(params, 6e-4, 1e-7, 100.0))
+    check_steps(report, fixture, prefix, lambda params: d1.Optimizer(torch.nn.ParameterList(params), 6e-4, 1e-7, 100.0))

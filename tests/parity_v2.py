@@ -144,7 +144,8 @@ class Twin(parity.Twin):
             self.compare(f"policy/obs{t + 1}_eval_action", greedy.action)
 
         embed, deter, stoch, *_ = self.posterior(batch, self.carry(1))
-        found = rssm.observe(embed, self.actions(1), None, deter[-1], stoch[-1])
+        found = rssm.observe(embed, self.actions(1), torch.zeros_like(self.batch(1).is_first), deter[-1],
+                             stoch[-1])
         self.compare_all("carry/post/", {key: batch_major(x) for key, x in zip(
             ("deter", "stoch", "logit"), (found[0], *map(self.groups, found[1:])))})
         deter, stoch, steps = deter[1], stoch[1], []
@@ -498,7 +499,7 @@ def math_norm(report: Report, fixture: Fixture, prefix: str) -> None:
 def math_optimizer(report: Report, fixture: Fixture, prefix: str) -> None:
     """Clipping, weight decay and Adam for gradients that are given, with their Atari settings."""
     def make(params):
-        optimizer = d2.Optimizer(params, 2e-4, 1e-5, 100.0)
+        optimizer = d2.Optimizer(torch.nn.ParameterList(params), 2e-4, 1e-5, 100.0)
         optimizer.decay = 1e-6
         return optimizer
     check_steps(report, fixture, prefix, make)

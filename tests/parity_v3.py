@@ -485,7 +485,7 @@ def math_optimizer(report: Report, fixture: Fixture) -> None:
     """Clipping and Adam, for gradients that are given: loss = <parameter, gradient>."""
     meta = fixture.meta["optim"]
     params = [nn.Parameter(fixture.tensor(f"optim/{name}0")) for name in "wv"]
-    optimizer = d3.Optimizer(params, meta["lr"], meta["eps"], meta["clip"])
+    optimizer = d3.Optimizer(torch.nn.ParameterList(params), meta["lr"], meta["eps"], meta["clip"])
     found = {"w_after": [], "v_after": [], "grad_norm_metric": []}
     for given in zip(fixture.tensor("optim/grad_w"), fixture.tensor("optim/grad_v")):
         loss = sum((p * g).sum() for p, g in zip(params, given))

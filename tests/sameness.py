@@ -23,20 +23,20 @@ HUNKS, LINES = 60, 700  # of `git diff --no-index -U0`: at most, and changed lin
 # Versions -> what is byte-identical in them. Of a class that differs: its methods that do not.
 SAME = {
     "12": """
-        Normal OneHot.__init__ Bernoulli init_output PixelToGrid Dense Encoder.forward
-        RSSM.initial_state RSSM.action_in WorldModel.reward Critic.forward critic_loss
-        Optimizer.state_dict Optimizer.load_state_dict open_loop main""".split(),
+        Args.env_config Normal OneHot.__init__ Bernoulli init_output PixelToGrid Dense
+        Encoder.forward RSSM.initial_state RSSM.action_in WorldModel.reward Critic.forward
+        critic_loss Optimizer.state_dict Optimizer.load_state_dict open_loop main""".split(),
     "123": """
         Args.__post_init__ Args.capacity Batch ReplayBuffer to_batch previous_actions draw_classes
         draw_noise Gaussian.__init__ Gaussian.noise Gaussian.sample Gaussian.mode Gaussian.entropy
         OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.log_prob Linear Dense.forward
         SplitDense MLP Head centre Decoder.image Decoder.vector State RSSM.prior RSSM.img_step
-        RSSM.obs_step RSSM.observe WorldModel.cont lambda_return Optimizer.grads Agent.act
-        Agent.zero_state Agent.autocast Agent.optimizers random_actions first_update updates_due""".split(),
+        RSSM.obs_step RSSM.observe lambda_return Optimizer.grads Agent.act Agent.zero_state
+        Agent.autocast Agent.optimizers random_actions first_update updates_due""".split(),
     "23": """
-        Args.stoch_dim Gaussian Latent.kl Actor.forward imagine Agent.train_step train
-        OneHot.log_prob OneHot.entropy Latent.sample Latent.mode Latent.entropy Latent.detach Norm
-        NormGRUCell.forward""".split(),
+        Args.stoch_dim Gaussian Latent.kl WorldModel.cont Actor.forward imagine Agent.train_step
+        train OneHot.log_prob OneHot.entropy Latent.sample Latent.mode Latent.entropy Latent.detach
+        Norm NormGRUCell.forward""".split(),
 }
 
 # Functions of one name whose parameters differ, with the reason.

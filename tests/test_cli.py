@@ -163,6 +163,25 @@ def test_terminated_run_is_saved_and_resumes(cli, tmp_path):
     assert again.code == 0 and progress_of(run_dir) == (step + 5, updates + 5), str(again)
 
 
+def test_a_stop_in_the_middle_of_many_updates(cli, tmp_path):
+    """`--pretrain` of V1 is a quarter of an hour on a CPU; what is due stays due."""
+    with cli.start(MAIN, *tiny_run(MAIN, ENV, 24), "--pretrain", 400, cwd=tmp_path) as running:
+        running.wait_for(lambda: rows_written(tmp_path) >= 20)
+        running.kill(signal.SIGTERM)
+        done = running.wait()
+    run_dir = run_dir_in(tmp_path)
+    step, updates = progress_of(run_dir)
+    assert done.code == 0 and step == 20 and updates < 400, str(done)
+    assert cli(MAIN, "--resume", run_dir, cwd=tmp_path).code == 0
+    assert progress_of(run_dir) == (24, 404)
+
+
+def test_an_explicit_none_is_what_the_run_has(copied, cli, tmp_path):
+    done = cli(MAIN, "--resume", copied, "--kl-scale" if MAIN != "dreamer_v3" else "--gamma", "None",
+               "--total-timesteps", 41, cwd=tmp_path)
+    assert done.code == 0 and load(copied)["step"] == 41, str(done)
+
+
 def test_killed_between_checkpoints_with_a_short_ring(cli, tmp_path):
     """A checkpoint at 30, rows up to 60 and more written, a ring of 12: nothing of it is left."""
     done = cli(MAIN, *tiny_run(MAIN, ENV, 30, buffer_size=12), cwd=tmp_path)

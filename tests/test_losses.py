@@ -350,7 +350,7 @@ def test_return_scale_of_v3():
 # --------------------------------------------------------------------------------- optimiser
 def optimizer_of(module, params: list, lr: float, eps: float, clip: float):
     """An optimiser; that of V2 decays weights by 1%."""
-    optimizer = module.Optimizer(params, lr, eps, clip)
+    optimizer = module.Optimizer(torch.nn.ParameterList(params), lr, eps, clip)
     if module is d2:
         optimizer.decay = 0.01
     return optimizer
