@@ -50,7 +50,8 @@ COMMANDS = {  # what a user types behind `python SCRIPT.py`
     "dreamer_v2": {
         "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 20000 "
                     "--threads 1",
-        "pendulum": "--env-id Pendulum-v1 --size XXS --total-timesteps 16000 --threads 1",
+        "pendulum": "--env-id Pendulum-v1 --size XXS --gamma 0.95 --kl-scale 0.1 --actor-lr 1e-4 "
+                    "--train-ratio 256 --total-timesteps 5000 --threads 1",
     },
     "dreamer_v1": {
         "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 10000 "
