@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py --parallel 2                   every script, task and seed
     python benchmarks/learning.py --scripts dreamer_v2 --tasks cartpole --seeds 1
+    python benchmarks/learning.py --tasks boxing --limit 180     other sets: carracing, atari100k, control
     python benchmarks/learning.py --table --write                results into the README
 
 Every run is the command that a user types, in a process of its own, on one thread, on a copy of the
@@ -36,9 +37,23 @@ TARGETS = {  # mean return of the evaluation
     "dreamer_v2": {"cartpole": 400, "pendulum": -300},
     "dreamer_v1": {"cartpole": 400, "pendulum": -300},
 }
-TASKS = ("cartpole", "pendulum")
+SETS = {  # name: the tasks that it stands for; a task is a set of its own
+    "laptop": ("cartpole", "pendulum"), "cartpole": ("cartpole",), "pendulum": ("pendulum",),
+    "boxing": ("boxing",), "carracing": ("carracing",),
+    "atari100k": ("atari100k_mspacman", "atari100k_boxing", "atari100k_pong"),  # for a GPU
+    "control": ("control_walker", "control_swingup"),  # for a GPU
+}
+BOXING = ("--env-id BoxingNoFrameskip-v4 --size XXS --deter 512 --hidden 256 --units 256 --layers 2 "
+          "--depth 16 --stoch 16 --classes 16 --batch-length 32 --train-ratio 448 --model-lr 2e-4 "
+          "--actor-lr 6e-5 --critic-lr 6e-5 --total-timesteps 14400 --threads 2")
 COMMANDS = {  # what a user types behind `python SCRIPT.py`
     "dreamer_v3": {
+        "boxing": BOXING,
+        **{f"atari100k_{name.lower()}": f"--env-id {name}NoFrameskip-v4 --cuda-graph"
+           for name in ("MsPacman", "Boxing", "Pong")},
+        **{f"control_{name}": f"--env-id dm_control/{env_id}-v0 --action-repeat 2 --cuda-graph "
+           "--total-timesteps 250000 --train-ratio 512"
+           for name, env_id in (("walker", "walker-walk"), ("swingup", "cartpole-swingup"))},
         "cartpole": "--env-id CartPole-v1 --action-repeat 3 --gamma 0.9667 --size XXS "
                     "--mlp-units 1024 --stoch 16 --classes 16 --bins 63 --batch-length 16 "
                     "--train-ratio 256 --beta-pred 5 --model-lr 5e-4 --actor-lr 3e-4 "
@@ -48,12 +63,16 @@ COMMANDS = {  # what a user types behind `python SCRIPT.py`
                     "--actor-lr 3e-4 --critic-lr 5e-4 --threads 1",
     },
     "dreamer_v2": {
+        "boxing": BOXING + " --clip-rewards tanh --kl-scale 0.1 --actor-entropy 1e-3 --gamma 0.99",
         "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 20000 "
                     "--threads 1",
         "pendulum": "--env-id Pendulum-v1 --size XXS --gamma 0.95 --kl-scale 0.1 --actor-lr 1e-4 "
                     "--train-ratio 256 --total-timesteps 5000 --threads 1",
     },
     "dreamer_v1": {
+        "carracing": "--env-id CarRacing-v3 --size XXS --depth 16 --kl-scale 1 --free-nats 3 "
+                     "--action-repeat 4 --max-episode-steps 250 --env-seed 5 "
+                     "--total-timesteps 20000 --threads 2",
         "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 10000 "
                     "--threads 1",
         "pendulum": "--env-id Pendulum-v1 --size XXS --total-timesteps 10000 --threads 1",
@@ -69,8 +88,8 @@ class Options:
 
     scripts: tuple[Literal[tuple(COMMANDS)], ...] = tuple(COMMANDS)
     """Which agents."""
-    tasks: tuple[Literal[TASKS], ...] = TASKS
-    """Which tasks."""
+    tasks: tuple[Literal[tuple(SETS)], ...] = ("laptop",)
+    """Which tasks, or sets of them."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run each."""
     parallel: int = 1
@@ -177,7 +196,8 @@ def run(job: Job, options: Options, code: Code) -> dict:
     run_dir = Path(re.search(r"run directory: (.*)", output)[1])
     greedy = switch(code.folder / f"{job.script}.py", "eval-greedy", True)
     evaluation, _ = call(
-        code, job.script, f"--evaluate {run_dir} --eval-episodes {options.episodes} {greedy}",
+        code, job.script, f"--evaluate {run_dir} --eval-episodes {options.episodes} {greedy}"
+        + " --eval-env-seed 5 10 200 5000" * (job.task == "carracing"),  # the track, three others
         folder / f"{job.name}_evaluation.log", 60 * options.limit)
     returns = [float(value) for value in re.findall(r"return (\S+),", evaluation)]
     timesteps, updates = progress(run_dir)
@@ -186,7 +206,7 @@ def run(job: Job, options: Options, code: Code) -> dict:
         raise RuntimeError(f"interrupted after {timesteps} of {total} timesteps")
     record = {"command": f"python {job.script}.py {job.flags}", "commit": code.commit,
               "code": code.digest_of(job.script), "machine": machine(), "note": options.note,
-              "parallel": options.parallel, "target": TARGETS[job.script][job.task],
+              "parallel": options.parallel, "target": TARGETS[job.script].get(job.task),
               "stopped_by_limit": stopped, "minutes": round(minutes, 1), "timesteps": timesteps,
               "updates": updates, "mean": statistics.mean(returns), "worst": min(returns),
               "best": max(returns), "returns": returns}
@@ -231,7 +251,8 @@ def run_all(options: Options) -> bool:
     folder = Path(options.runs_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     code = Code.copy(folder / "code")
-    jobs = [Job(script, task, seed) for seed in options.seeds for task in options.tasks
+    tasks = [task for name in options.tasks for task in SETS[name]]
+    jobs = [Job(script, task, seed) for seed in options.seeds for task in tasks
             for script in options.scripts if task in COMMANDS[script]]
     todo = [job for job in jobs if not job.is_done(options, code)]
     print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done; output: {folder}", flush=True)
@@ -244,6 +265,8 @@ def table() -> str:
     commands, rows = [], []
     for script, tasks in COMMANDS.items():
         for task, flags in tasks.items():
+            if task not in SETS["laptop"]:
+                continue
             paths = sorted(HERE.glob(f"results/learning_{script}_{task}_*.json"))
             found = {path.stem.split("_")[-1]: json.loads(path.read_text()) for path in paths}
             commands.append(f"    python {script}.py {flags}")
