@@ -75,7 +75,8 @@ COMMANDS = {  # what a user types behind `python SCRIPT.py`
                      "--total-timesteps 20000 --threads 2",
         "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 10000 "
                     "--threads 1",
-        "pendulum": "--env-id Pendulum-v1 --size XXS --total-timesteps 10000 --threads 1",
+        "pendulum": "--env-id Pendulum-v1 --size XXS --gamma 0.95 --kl-scale 0.1 --free-nats 1 "
+                    "--train-ratio 256 --expl-decay 0 --total-timesteps 5000 --threads 1",
     },
 }
 MARKS = ("<!-- laptop:begin -->", "<!-- laptop:end -->")
