@@ -1036,9 +1036,9 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
 
 
 # ------------------------------------------------------------------------------------- 11 main loop
-def first_update(args: Args, world: int) -> int:
+def first_update(args: Args, ranks: int) -> int:
     """Timestep of the first update: --learning-starts, but each ring must hold a whole window."""
-    whole_windows = args.num_envs * world * args.batch_length
+    whole_windows = args.num_envs * ranks * args.batch_length
     return 1 if args.offline else max(args.learning_starts, whole_windows)
 
 
@@ -1055,11 +1055,11 @@ def explore(args: Args, step: int, state: State, obs: EnvStep, discrete: bool) -
     return state._replace(action=noisy * goes_on[:, None])
 
 
-def updates_due(args: Args, step: int, done: int, world: int = 1) -> int:
+def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
     """Updates to make now, so that from the first one on every timestep is replayed `train_ratio`
-    times on average, besides --pretrain. `done` were made before; `world` processes share the work.
+    times on average, besides --pretrain. `done` were made before; `ranks` processes share the work.
     """
-    steps, replayed = step - first_update(args, world), args.batch_size * args.batch_length
+    steps, replayed = step - first_update(args, ranks), args.batch_size * args.batch_length
     if steps < 0:
         return 0
     return args.pretrain + int(steps * args.train_ratio / replayed) - done
@@ -1072,23 +1072,23 @@ def train(args: Args, run_dir: Path | None) -> None:
                     args.env_timeout, args.env_seed)
         agent = Agent(args, envs.spec, run.device)
         replay = run.open_replay(ReplayBuffer, envs.spec, args.capacity)
-        feeder = Feeder(replay, run.device, args.batch_size // run.world, args.batch_length)
+        feeder = Feeder(replay, run.device, args.batch_size // run.ranks, args.batch_length)
         run.start(envs, agent, feeder, open_loop,
-                  planned=updates_due(args, args.total_timesteps, 0, run.world))
+                  planned=updates_due(args, args.total_timesteps, 0, run.ranks))
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
         # The state before a window. It has no effect: row 0 of every window is marked is_first.
-        before = agent.zero_state(args.batch_size // run.world)
+        before = agent.zero_state(args.batch_size // run.ranks)
         while run.step < args.total_timesteps and not run.stopping():
             if not args.offline:
-                random = run.step < first_update(args, run.world)
+                random = run.step < first_update(args, run.ranks)
                 state = agent.act(obs, state, random=random)  # act
                 if not random:
                     state = explore(args, run.step, state, obs, envs.spec.discrete)
                 action = state.action.cpu().numpy()
                 replay.add(obs, action)  # store
-            run.step += args.num_envs * run.world
-            due = updates_due(args, run.step, agent.updates, run.world) if feeder.ready() else 0
+            run.step += args.num_envs * run.ranks
+            due = updates_due(args, run.step, agent.updates, run.ranks) if feeder.ready() else 0
             for _ in range(due):
                 metrics = agent.train_step(feeder.next(), before)  # train
                 feeder.prepare()  # draw the next batch while a GPU works on this one

@@ -111,7 +111,7 @@ def parse(args_type: type, script: str, description: str, tasks: dict[str, dict]
     original = stored_args(args_type, run_dir, script)
     args = read_flags(args_type, description, asdict(original), tasks)
     fill(args, asdict(original))  # None is what a new run fills in; this one has been filled
-    fixed = {name for title, group in groups_of(args_type).items() for name in group
+    fixed = {name for title, group in help_groups(args_type).items() for name in group
              if title.endswith(KEPT)} | {"offline"}
     for name in sorted(fixed - ({"num_envs"} if mode != "resume" else set())):
         if getattr(args, name) != getattr(original, name):
@@ -143,7 +143,7 @@ def read_flags(args_type: type, description: str, defaults: dict[str, Any],
                tasks: dict[str, dict] | None):
     """The command line as an `args_type`; `--help` shows its fields in titled groups."""
     groups, filled = [], args_type()
-    for number, (title, helps) in enumerate(groups_of(args_type).items()):
+    for number, (title, helps) in enumerate(help_groups(args_type).items()):
         hints = {f.name: f.type for f in fields(args_type) if f.name in helps}
         group = make_dataclass(f"Group{number}", [
             (name, Annotated[hint, tyro.conf.OmitArgPrefixes, tyro.conf.arg(
@@ -187,7 +187,7 @@ def preset_note(filled, name: str, default: Any, tasks: dict[str, dict]) -> str:
     return f" ({', '.join(words)})" if words else ""
 
 
-def groups_of(args_type: type) -> dict[str, dict[str, str]]:
+def help_groups(args_type: type) -> dict[str, dict[str, str]]:
     """Title -> field -> help, from the comments in the source of a dataclass and of its bases.
 
     A comment line below an empty line is the title of the fields that follow, with a note in

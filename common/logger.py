@@ -17,7 +17,7 @@ from common.files import UserError, explain_write
 from common.video import gif_bytes
 
 
-def finite(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
+def to_numbers(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
     """Scalar metrics as numbers. Raises UserError that names the first one that is not finite."""
     if not metrics:  # before the first update
         return {}

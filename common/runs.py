@@ -18,7 +18,7 @@ from common.devices import (keep_freed_memory, max_over_ranks, prepare_torch, rn
                             seed_everything, set_rng_state, setup_distributed)
 from common.envs import EnvError, EnvSpec
 from common.files import UserError, read_array
-from common.logger import Logger, finite
+from common.logger import Logger, to_numbers
 from common.rundir import (create_run_dir, load_checkpoint, own_run_dir, save_args,
                            save_checkpoint)
 from common.video import EpisodeVideos, as_frames, side_by_side
@@ -60,16 +60,16 @@ class Run:
         """Join the other processes, seed, and read the checkpoint of a resume."""
         self.script, self.args, self.dir, self.is_new = script, args, run_dir, run_dir is None
         accelerator = prepare_torch(args.cuda, args.threads)
-        self.rank, self.world, local_rank = setup_distributed(accelerator)
+        self.rank, self.ranks, local_rank = setup_distributed(accelerator)
         is_cuda = accelerator == "cuda"
         self.device = torch.device("cuda", local_rank) if is_cuda else torch.device("cpu")
-        if args.batch_size % self.world:
-            raise UserError(f"--batch-size {args.batch_size} does not divide among {self.world} "
+        if args.batch_size % self.ranks:
+            raise UserError(f"--batch-size {args.batch_size} does not divide among {self.ranks} "
                             "processes.")
         self.saved = load_checkpoint(run_dir / "checkpoint.pt", script) if run_dir else None
-        if self.saved and len(self.saved["ranks"]) != self.world:
+        if self.saved and len(self.saved["ranks"]) != self.ranks:
             raise UserError(f"the run was made by {len(self.saved['ranks'])} processes, not "
-                            f"{self.world}; start as many.")
+                            f"{self.ranks}; start as many.")
         self.lock = own_run_dir(run_dir) if run_dir and self.rank == 0 else None
         self.step = self.began = self.before = self.saved["step"] if self.saved else 0
         self.seed = args.seed + 1_000 * self.rank + 1_000_000 * self.step
@@ -89,10 +89,10 @@ class Run:
         """
         args, self.dir = self.args, self.dir or self.make_dir()
         folder = Path(args.offline or self.dir) / "replay"
-        if self.world > 1 and not (args.offline and (folder / "rows.npy").exists()):
+        if self.ranks > 1 and not (args.offline and (folder / "rows.npy").exists()):
             folder /= f"rank{self.rank}"  # a recording made by one process serves them all
         num_envs = args.num_envs
-        capacity = self.asked = max(args.batch_length, math.ceil(capacity / self.world))
+        capacity = self.asked = max(args.batch_length, math.ceil(capacity / self.ranks))
         if args.offline or not self.is_new:  # the rings keep their size
             read_array(folder / "rows.npy")  # which is made last
             shape = read_array(folder / "reward.npy").shape
@@ -160,7 +160,7 @@ class Run:
         print(f"environment: {self.envs.spec.summary}")
         print(*(f"note: {notice}\n" for notice in self.envs.spec.notices), sep="", end="")
         print(f"replay buffer: {rings.capacity * rings.num_envs:,} timesteps, "
-              f"{rings.gibibytes:.2f} GiB of disk{' per rank' * (self.world > 1)}")
+              f"{rings.gibibytes:.2f} GiB of disk{' per rank' * (self.ranks > 1)}")
         if not self.args.offline and rings.capacity < self.asked:
             print(f"note: the replay keeps the size that it was made with, {rings.capacity:,} "
                   f"timesteps per environment; {self.asked:,} take a new run")
@@ -174,7 +174,7 @@ class Run:
 
     def stopping(self) -> bool:
         """Whether to leave the main loop; also saves, on all ranks, if that is long ago."""
-        is_orphan = self.world > 1 and os.getppid() != self.parent  # torchrun is gone
+        is_orphan = self.ranks > 1 and os.getppid() != self.parent  # torchrun is gone
         stop = self.stop.requested or self.error or is_orphan
         is_late = time.monotonic() - self.last_save > CHECKPOINT_SECONDS
         agreed = max_over_ranks(2 if stop else int(is_late))
@@ -195,11 +195,11 @@ class Run:
             self.logger.scalars({"charts/episodic_return": self.returns[-1],
                                  "charts/episodic_length": obs.episode_length[env]}, self.step)
         if self.device.type == "cpu":  # on a GPU, to look would be to wait for the update
-            finite(metrics, agent.updates)
+            to_numbers(metrics, agent.updates)
         if self.films:
             self.film(obs)
         if self.due(args.log_every):
-            values = finite(metrics, agent.updates)
+            values = to_numbers(metrics, agent.updates)
             self.logger.scalars(values | self.logger.speeds(self.step, agent.updates), self.step)
         if self.due(args.video_every):
             self.log_video()
@@ -231,12 +231,12 @@ class Run:
     def save(self) -> None:
         """Replay rows to disk first, then the checkpoint that refers to them."""
         agent, feeder = self.agent, self.feeder
-        finite(self.metrics, agent.updates)
+        to_numbers(self.metrics, agent.updates)
         self.logger.flush()  # what is logged up to here is never logged again
         feeder.replay.rings.flush()
         mine = {"replay": feeder.replay.state_dict(), "feeder": feeder.state_dict(),
                 "rng": rng_state(self.device)}
-        ranks = [mine] * self.world
+        ranks = [mine] * self.ranks
         if dist.is_initialized():
             dist.all_gather_object(ranks, mine)
         self.last_save = time.monotonic()
@@ -263,7 +263,7 @@ class Run:
 
     def __exit__(self, kind, error, trace) -> None:
         with self.exit:  # at its end the log, the environments and all the rest are closed
-            has_begun = self.step > 0 or self.world > 1
+            has_begun = self.step > 0 or self.ranks > 1
             broken = isinstance(error, EnvError) and has_begun
             is_saved = self.started and (error is None or broken)
             if is_saved:

@@ -207,14 +207,14 @@ def train(args, run_dir: Path | None) -> None:
         envs = FakeEnvs(args.env_config, args.num_envs, run.seed)
         agent = Agent(args, envs.spec, run.device)
         replay = run.open_replay(Replay, envs.spec, args.total_timesteps)
-        feeder = Feeder(replay, run.device, args.batch_size // run.world, args.batch_length)
+        feeder = Feeder(replay, run.device, args.batch_size // run.ranks, args.batch_length)
         run.start(envs, agent, feeder, open_loop, planned=args.total_timesteps - 9)
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
         while run.step < args.total_timesteps and not run.stopping():
             if not args.offline:
                 state = agent.act(obs, state)
                 replay.add(obs, state.action)
-            run.step += args.num_envs * run.world
+            run.step += args.num_envs * run.ranks
             if feeder.ready() and run.step >= 10:
                 metrics = agent.train_step(feeder.next(), None)
                 feeder.prepare()
