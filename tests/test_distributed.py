@@ -174,7 +174,7 @@ def assert_saved(folder: Path, more_than: int) -> None:
     rows = [np.load(run_dir / "replay" / f"rank{rank}" / "rows.npy") for rank in (0, 1)]
     assert [row[1] * 2 for row in rows] == [part["replay"]["count"] * 2 for part in state["ranks"]]
     assert rows[0][1] * 2 == rows[1][1] * 2 == state["step"]
-    assert state["updates"] == state["step"] - 19
+    assert state["step"] - 20 <= state["updates"] <= state["step"] - 19  # two are due each time: one may be left
     one, two = state["ranks"]
     assert not torch.equal(one["rng"]["torch"], two["rng"]["torch"])
     assert one["replay"]["rng"] != two["replay"]["rng"]
