@@ -53,7 +53,7 @@ def test_a_row_of_learning_names_seeds_that_the_limit_stopped():
     found = {"1": {"mean": 500.0, "worst": 490.0, "minutes": 3.2, "commit": "a" * 40, "stopped_by_limit": False},
              "2": {"mean": 99.5, "worst": 9.0, "minutes": 8.9, "commit": "a" * 40, "stopped_by_limit": True}}
     assert learning.row("dreamer_v1", "cartpole", found) == (
-        f"| dreamer_v1 | cartpole | 1: 500.0, 2: 99.5 (stopped early) | 450 | 9 | 3 to 9 | {'a' * 9} |")
+        f"| dreamer_v1 | cartpole | 1: 500.0, 2: 99.5 (stopped early) | 400 | 9 | 3 to 9 | {'a' * 9} |")
 
 
 # ---- gpu.py --------------------------------------------------------------------------------------
