@@ -142,10 +142,9 @@ SIZES = {  # XXS is ours, for laptops and tests
     "XXS": PAPER | dict(deter=128, hidden=128, units=128, reward_layers=2, critic_layers=2,
                         pcont_layers=2, actor_layers=2, depth=8, mlp_units=128, mlp_layers=2,
                         batch_size=16, batch_length=16, train_ratio=64.0, total_timesteps=100_000,
-                        learning_starts=500,
-                        model_lr=1e-3, actor_lr=1e-4, critic_lr=1e-3, gamma=0.98, kl_scale=0.01,
-                        free_nats=0.0, clip_rewards="none", imag_horizon=15, expl_amount=0.3,
-                        expl_decay=8000.0, expl_min=0.0),
+                        learning_starts=500, model_lr=1e-3, actor_lr=1e-4, critic_lr=1e-3,
+                        gamma=0.98, kl_scale=0.01, free_nats=0.0, clip_rewards="none",
+                        imag_horizon=15, expl_amount=0.3, expl_decay=8000.0, expl_min=0.0),
     "paper": PAPER,
 }
 TASKS = {  # the paper's settings for discrete and for continuous control: what --size leaves open
@@ -1093,7 +1092,7 @@ def train(args: Args, run_dir: Path | None) -> None:
             for _ in range(due):
                 metrics = agent.train_step(feeder.next(), before)  # train
                 feeder.prepare()  # draw the next batch while a GPU works on this one
-                if run.stopping():
+                if run.stopping(metrics):
                     break  # what is due stays due
             run.log_and_save(obs, metrics)  # log
             if not args.offline:

@@ -1189,7 +1189,7 @@ def train(args: Args, run_dir: Path | None) -> None:
             for _ in range(due):
                 metrics = agent.train_step(feeder.next(), before)  # train
                 feeder.prepare()  # draw the next batch while a GPU works on this one
-                if run.stopping():
+                if run.stopping(metrics):
                     break  # what is due stays due
             run.log_and_save(obs, metrics)  # log
             if not args.offline:

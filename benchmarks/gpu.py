@@ -1,7 +1,7 @@
 """One command for the day a GPU is at hand: are the scripts right on it, how fast, do they run?
 
     python benchmarks/gpu.py                                 all of it, in some eight minutes
-    python benchmarks/gpu.py --script dreamer_v3 --minutes 5
+    python benchmarks/gpu.py --script v3 --minutes 5
     python benchmarks/gpu.py --peer-python VENV/bin/python   also sheeprl 0.8.4, see side_sheeprl.py
     python benchmarks/gpu.py --device cpu                    the same steps with tiny networks
 
@@ -46,7 +46,7 @@ SLOWEST = 300.0  # seconds that a step may take
 class Options:
     """What to measure."""
 
-    script: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3"] | None = None
+    script: Literal["v1", "v2", "v3"] | None = None
     """None: all three, V3 first."""
     minutes: float = 8.0
     """After which what has not been done is left out."""
@@ -178,7 +178,6 @@ def loop(ours: Ours, num_envs: int, seconds: float) -> dict:
     envs, turns = ours.script.Envs(config, num_envs, seed=0), 0
     try:
         obs, state = envs.reset(), ours.zero_state(num_envs)
-        wanted = ours.setting["actions"]
         ours.wait()
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
@@ -191,8 +190,7 @@ def loop(ours: Ours, num_envs: int, seconds: float) -> dict:
         passed = time.perf_counter() - start
     finally:
         envs.close()
-    return {"timesteps_per_second": turns * num_envs / passed, "updates_per_second": turns / passed,
-            "agent_actions": wanted}
+    return {"timesteps_per_second": turns * num_envs / passed, "updates_per_second": turns / passed}
 
 
 def real_run(script: str, device: str, tiny: bool, **_) -> dict:
@@ -245,7 +243,7 @@ STEPS = {step.__name__: step for step in (
 # -------------------------------------------------------------------------------------------- the whole
 def plan(options: Options) -> dict[str, tuple[str, dict]]:
     """Name -> which function with which arguments, the most telling first."""
-    scripts = [options.script] if options.script else ["dreamer_v3", "dreamer_v2", "dreamer_v1"]
+    scripts = [f"dreamer_{options.script}"] if options.script else ["dreamer_v3", "dreamer_v2", "dreamer_v1"]
     tiny, modes = options.is_tiny, list(MODES)
     if tiny:  # a graph needs CUDA, and compiling takes a minute
         modes = [mode for mode in modes if "graph" not in mode and "compiled" not in mode]

@@ -5,7 +5,7 @@
     python benchmarks/learning.py --tasks boxing --limit 180     other sets: carracing, atari100k, control
     python benchmarks/learning.py --table --write                results into the README
 
-Every run is the command that a user types, in a process of its own, on one thread, on a copy of the
+Every run is the command that a user types, in a process of its own, on a copy of the
 code as it is at the start. Its result is kept whatever it is, in results/learning_*.json, with the
 learning curve beside it as CSV. Start it again after a break: what this code has done already is
 left out. A run that its time limit stops is evaluated all the same; the table says so, and it
@@ -80,7 +80,7 @@ COMMANDS = {  # what a user types behind `python SCRIPT.py`
     },
 }
 MARKS = ("<!-- laptop:begin -->", "<!-- laptop:end -->")
-PATIENCE = 900  # seconds for a run that was told to stop; V1 makes 100 updates at once
+PATIENCE = 900  # seconds for a run that was told to stop: an update, and all of its files
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Options:
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run each."""
     parallel: int = 1
-    """Runs at the same time; each has one thread."""
+    """Runs at the same time; on the small tasks each has one thread."""
     limit: float = 60.0
     """Minutes after which a run is stopped and evaluated as it is."""
     episodes: int = 20

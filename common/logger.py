@@ -25,9 +25,9 @@ def to_numbers(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     for name in sorted(broken, key=lambda name: not name.startswith("loss/")):  # the cause first
         raise UserError(
-            f"{name} became {values[name]} at update {updates}; that step of its optimiser was not "
-            "applied, and the last checkpoint is intact. Look at the environment's rewards and "
-            "observations or lower the learning rate, then --resume.")
+            f"{name} became {values[name]} at update {updates}; nothing of that is saved, the last "
+            "checkpoint is intact. Look at the environment's rewards and observations or lower the "
+            "learning rate, then --resume.")
     return values
 
 

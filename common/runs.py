@@ -172,8 +172,12 @@ class Run:
             print(f"no GPU: {planned:,} updates of so large a network take long; comfortable on "
                   "a laptop: --size XXS --train-ratio 64, or an environment such as CartPole-v1")
 
-    def stopping(self) -> bool:
-        """Whether to leave the main loop; also saves, on all ranks, if that is long ago."""
+    def stopping(self, metrics: dict | None = None) -> bool:
+        """Whether to leave the main loop; also saves, on all ranks, if that is long ago.
+
+        `metrics`: of the last update, which `save` looks at first; None: known already.
+        """
+        self.metrics = metrics or self.metrics
         is_orphan = self.ranks > 1 and os.getppid() != self.parent  # torchrun is gone
         stop = self.stop.requested or self.error or is_orphan
         is_late = time.monotonic() - self.last_save > CHECKPOINT_SECONDS

@@ -574,6 +574,7 @@ def main(argv: list[str], quiet: bool = False) -> int:
     if not names:
         print(f"no fixture (*.npz) in {folder}", file=sys.stderr)
         return 2
+    torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU; for products that is the default
     torch.set_num_threads(1)  # the networks are tiny, and sums come out the same everywhere
     version = importlib.import_module(f"tests.parity_{options.version}")
     report = Report(quiet, options.slack)

@@ -140,6 +140,17 @@ def test_a_checkpoint_by_the_clock(run, monkeypatch):
     assert counted == [0, 0, 1, 2, 3, 4, 5]
 
 
+def test_no_clock_saves_what_is_not_finite(run, monkeypatch):
+    """Many updates are made in one turn; the clock may strike between two of them."""
+    original, counted = runs.Run.stopping, []
+    monkeypatch.setattr(runs, "save_checkpoint", lambda path, state, script: counted.append(state["step"]))
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(runs.Run, "stopping", lambda self, metrics=None: original(
+        self, {"loss/total": torch.tensor(float("nan"))}))
+    assert "loss/total became nan" in run("--total-timesteps", 40, code=1)
+    assert counted == [0], "the first one, of before the loop"
+
+
 def test_offline_only_reads(run, tmp_path):
     run("--total-timesteps", 20)
     recording = shutil.move(run.dir, tmp_path / "recording")
