@@ -99,7 +99,9 @@ Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
     * log1p(|x|) for ln(|x| + 1), torch's variance for E[x^2] - E[x]^2 in LayerNorm: less rounding.
     * The first update is due at --learning-starts (theirs: once B * T windows can be sampled).
     * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action.
-    * --size XXS is ours, for laptops; their vector networks are 5 x 1024 at any size.
+    * --size XXS is ours, for laptops. With their code of 2024 it takes REINFORCE for all actions
+      and imagined ends by their probability (--cont-mean), not only where it is above one half.
+      Their vector networks are 5 x 1024 at any size.
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
@@ -135,10 +137,13 @@ PAPER = dict(  # vector networks and the schedule of updates are the authors' co
     imag_horizon=15, batch_size=16, batch_length=64, train_ratio=1024.0, learning_starts=1024,
     pretrain=1, total_timesteps=100_000, buffer_size=1_000_000, model_lr=1e-4, model_eps=1e-8,
     actor_lr=3e-5, actor_eps=1e-5, critic_lr=3e-5, critic_eps=1e-5, actor_entropy=3e-4,
-    actor_min_std=0.1, beta_pred=1.0, grayscale=False, clip_rewards="none", eval_greedy=False)
+    actor_min_std=0.1, beta_pred=1.0, grayscale=False, clip_rewards="none", actor_grad="auto",
+    cont_mean=False, eval_greedy=False)
 SIZES = {  # those of the paper; XXS is ours, for laptops and tests
-    "XXS": PAPER | dict(deter=128, hidden=128, units=128, layers=1, depth=8, mlp_units=128,
-                        mlp_layers=1),
+    "XXS": PAPER | dict(
+        deter=128, hidden=128, units=128, layers=1, depth=8, mlp_units=512, mlp_layers=2, stoch=16,
+        classes=16, bins=63, batch_length=16, train_ratio=64.0, model_lr=5e-4, actor_lr=3e-4,
+        critic_lr=5e-4, gamma=0.99, beta_pred=5.0, actor_grad="reinforce", cont_mean=True),
     "XS": PAPER | dict(deter=256, hidden=256, units=256, layers=1, depth=24),
     "S": PAPER | dict(deter=512, hidden=512, units=512, layers=2, depth=32),
     "M": PAPER | dict(deter=1024, hidden=640, units=640, layers=3, depth=48),
@@ -206,7 +211,8 @@ class Args(RunArgs):
     critic_eps: float | None = None  # Adam epsilon of the critic
     critic_clip: float = 100.0  # Gradient clipping of the critic
     actor_entropy: float | None = None  # eta, scale of the entropy bonus
-    actor_grad: Literal["auto", "reinforce", "dynamics"] = "auto"  # auto: reinforce if discrete
+    actor_grad: Literal["auto", "reinforce", "dynamics"] | None = None  # auto: by action space
+    cont_mean: bool | None = None  # Imagined ends count by their probability, not if above 1/2
     actor_max_std: float = 1.0  # Largest deviation of a continuous action
     critic_ema_decay: float = 0.98  # Decay of the slow critic
     critic_ema_regularizer: float = 1.0  # Scale of the loss towards the slow critic
@@ -440,6 +446,10 @@ class Bernoulli:
     def __init__(self, logit: Tensor):
         """`logit` (...) of the flag being 1."""
         self.logit = logit
+
+    def mean(self) -> Tensor:
+        """Probability of 1 (...)."""
+        return self.logit.sigmoid()
 
     def mode(self) -> Tensor:
         """1 where the flag is more likely than not, else 0 (...), without gradient. [V3-7]"""
@@ -1083,7 +1093,8 @@ class Agent(nn.Module):
             value_dist = self.critic(feat)
             value = value_dist.mean()  # (H1, N)
             with torch.no_grad():
-                cont = model.cont(feat[1:]).mode()  # (H, N) [V3-7]
+                going_on = model.cont(feat[1:])  # [V3-7]
+                cont = going_on.mean() if args.cont_mean else going_on.mode()  # (H, N)
                 slow_value = self.slow_critic(feat[:-1]).mean()  # (H, N)
 
         # Returns: r_{t+1} and c_{t+1} follow from state t; Eq. 7 has r_t and c_t for the same

@@ -33,37 +33,39 @@ from speed import HERE, git, machine, switch, write_between
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TARGETS = {  # mean return of the evaluation
-    "dreamer_v3": {"cartpole": 450, "pendulum": -250},
+    "dreamer_v3": {"cartpole": 450, "pendulum": -250, "inverted_pendulum": 900},
     "dreamer_v2": {"cartpole": 400, "pendulum": -300},
     "dreamer_v1": {"cartpole": 400, "pendulum": -300},
 }
-SETS = {  # name: the tasks that it stands for; a task is a set of its own
-    "laptop": ("cartpole", "pendulum"), "cartpole": ("cartpole",), "pendulum": ("pendulum",),
+SETS = {  # name: the tasks that it stands for; each task is a set of its own, too
+    "laptop": ("cartpole", "pendulum", "inverted_pendulum", "cartpole_pixels", "acrobot"),
     "boxing": ("boxing",), "carracing": ("carracing",),
     "atari100k": ("atari100k_mspacman", "atari100k_boxing", "atari100k_pong"),  # for a GPU
     "control": ("control_walker", "control_swingup"),  # for a GPU
 }
-BOXING = ("--env-id BoxingNoFrameskip-v4 --size XXS --deter 512 --hidden 256 --units 256 --layers 2 "
+SETS |= {task: (task,) for tasks in [*SETS.values()] for task in tasks}
+BOXING = ("--env-id BoxingNoFrameskip-v4 --deter 512 --hidden 256 --units 256 --layers 2 "
           "--depth 16 --stoch 16 --classes 16 --batch-length 32 --train-ratio 448 --model-lr 2e-4 "
           "--actor-lr 6e-5 --critic-lr 6e-5 --total-timesteps 14400 --threads 2")
+V3_LAPTOP = {  # one preset for all of them
+    "cartpole": ("CartPole-v1", 20_000), "pendulum": ("Pendulum-v1", 10_000),
+    "inverted_pendulum": ("InvertedPendulum-v5", 12_000),
+    "cartpole_pixels": ("CartPole-v1 --pixels", 10_000), "acrobot": ("Acrobot-v1", 10_000),
+}
 COMMANDS = {  # what a user types behind `python SCRIPT.py`
     "dreamer_v3": {
-        "boxing": BOXING,
+        "boxing": f"--size XS {BOXING}",
         **{f"atari100k_{name.lower()}": f"--env-id {name}NoFrameskip-v4 --cuda-graph"
            for name in ("MsPacman", "Boxing", "Pong")},
         **{f"control_{name}": f"--env-id dm_control/{env_id}-v0 --action-repeat 2 --cuda-graph "
            "--total-timesteps 250000 --train-ratio 512"
            for name, env_id in (("walker", "walker-walk"), ("swingup", "cartpole-swingup"))},
-        "cartpole": "--env-id CartPole-v1 --action-repeat 3 --gamma 0.9667 --size XXS "
-                    "--mlp-units 1024 --stoch 16 --classes 16 --bins 63 --batch-length 16 "
-                    "--train-ratio 256 --beta-pred 5 --model-lr 5e-4 --actor-lr 3e-4 "
-                    "--critic-lr 5e-4 --total-timesteps 7500 --threads 1",
-        "pendulum": "--env-id Pendulum-v1 --total-timesteps 6000 --size XXS --stoch 8 "
-                    "--classes 8 --batch-length 32 --train-ratio 128 --model-lr 5e-4 "
-                    "--actor-lr 3e-4 --critic-lr 5e-4 --threads 1",
+        **{task: f"--env-id {env_id} --size XXS --total-timesteps {timesteps} --threads 1"
+           for task, (env_id, timesteps) in V3_LAPTOP.items()},
     },
     "dreamer_v2": {
-        "boxing": BOXING + " --clip-rewards tanh --kl-scale 0.1 --actor-entropy 1e-3 --gamma 0.99",
+        "boxing": f"--size XXS {BOXING} --clip-rewards tanh --kl-scale 0.1 --actor-entropy 1e-3 "
+                  "--gamma 0.99",
         "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 20000 "
                     "--threads 1",
         "pendulum": "--env-id Pendulum-v1 --size XXS --gamma 0.95 --kl-scale 0.1 --actor-lr 1e-4 "
@@ -284,7 +286,7 @@ def row(script: str, task: str, found: dict[str, dict]) -> str:
                       for seed, record in found.items())
     minutes = [round(record["minutes"]) for record in found.values()]
     commits = {record["commit"][:9] + record["commit"][40:] for record in found.values()}
-    cells = [script, task, means, TARGETS[script][task],
+    cells = [script, task, means, TARGETS[script].get(task, "none"),
              f"{min(record['worst'] for record in found.values()):.0f}",
              " to ".join(map(str, sorted({min(minutes), max(minutes)}))),
              ", ".join(sorted(commits))]

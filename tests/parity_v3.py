@@ -72,7 +72,7 @@ class Twin(parity.Twin):
     def make_args(self) -> d3.Args:
         c, scales = self.config, self.predictions()
         return d3.Args(
-            size="XXS", amp="off", seed=0, image_size=(self.spec.image_shape or (64,))[0],
+            size="XS", amp="off", seed=0, image_size=(self.spec.image_shape or (64,))[0],
             batch_size=self.rows, batch_length=self.length, imag_horizon=c["imag_horizon"],
             deter=c["rssm.deter"], hidden=c["rssm.units"], stoch=c["rssm.stoch"],
             classes=c["rssm.classes"], unimix=c["rssm.unimix"],
@@ -373,7 +373,7 @@ def math_kl(report: Report, fixture: Fixture) -> None:
     """Both KL losses and where their gradients go."""
     meta, raw = fixture.meta, [fixture.leaf(f"klloss/raw_{side}") for side in ("post", "prior")]
     post, prior = (d3.Latent(x.flatten(-2), meta["stoch"], meta["unimix"]) for x in raw)
-    args = d3.Args(size="XXS", free_bits=meta["free_nats"], beta_dyn=1.0, beta_rep=1.0)
+    args = d3.Args(size="XS", free_bits=meta["free_nats"], beta_dyn=1.0, beta_rep=1.0)
     losses = shipped_losses(d3, args, raw[0].shape[:-2], post, prior)
     total = (meta["dyn_scale"] * losses["dyn"] + meta["rep_scale"] * losses["rep"]).mean()
     compare(report, fixture, "klloss/", {"dyn": losses["dyn"], "rep": losses["rep"], "total_mean": total,
@@ -393,7 +393,7 @@ def math_return_scale(report: Report, fixture: Fixture) -> None:
     """Successive updates of the return scale."""
     meta = fixture.meta["retnorm"]
     scale = d3.ReturnScale(d3.Args(
-        size="XXS", return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
+        size="XS", return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
         return_norm_limit=1 / meta["max"], return_norm_decay=meta["decay"]))
     found = {"low_state": [], "high_state": [], "invscale": [], "offset": []}
     for ret in fixture.tensor("moments/x"):
@@ -405,7 +405,7 @@ def math_return_scale(report: Report, fixture: Fixture) -> None:
 
 def actor(fixture: Fixture, actions: int, discrete: bool) -> d3.Actor:
     """An actor with the fixture's settings; its network is not used."""
-    args = d3.Args(size="XXS", unimix=fixture.meta["unimix"], actor_min_std=fixture.meta["actor_minstd"],
+    args = d3.Args(size="XS", unimix=fixture.meta["unimix"], actor_min_std=fixture.meta["actor_minstd"],
                    actor_max_std=fixture.meta["actor_maxstd"])
     return d3.Actor(args, EnvSpec(None, 1, actions, discrete), 1)
 
@@ -435,7 +435,7 @@ def math_actor_one_hot(report: Report, fixture: Fixture) -> None:
 
 def math_predictions(report: Report, fixture: Fixture) -> None:
     """Vector, image and continue loss, as `world_model_loss` computes them."""
-    args = d3.Args(size="XXS", beta_pred=1.0)
+    args = d3.Args(size="XS", beta_pred=1.0)
     pred, target = fixture.leaf("symlog_mse/pred"), fixture.tensor("symlog_mse/target")
     log_prob = -shipped_losses(d3, args, pred.shape[:1], vector=target, predicted=pred)["vector"]
     compare(report, fixture, "symlog_mse/", {"log_prob": log_prob, "mode": d3.symexp(pred)},
@@ -457,7 +457,7 @@ def math_layers(report: Report, fixture: Fixture) -> None:
         norm.weight.data = fixture.tensor(f"{prefix}norm_scale")
         norm.bias.data = fixture.tensor(f"{prefix}norm_bias")
 
-    args = d3.Args(size="XXS", image_size=8, depth=5)
+    args = d3.Args(size="XS", image_size=8, depth=5)
     dense = d3.Dense(6, 5)
     fill(dense, dense.norm, "layer_linear/", (1, 0))
     compare(report, fixture, "layer_linear/", {"y": dense(fixture.tensor("layer_linear/x"))})

@@ -29,10 +29,10 @@ SAME = {
     "123": """
         Args.__post_init__ Args.capacity Batch ReplayBuffer to_batch previous_actions draw_classes
         draw_noise Gaussian.__init__ Gaussian.noise Gaussian.sample Gaussian.mode Gaussian.entropy
-        OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.log_prob Linear Dense.forward
-        SplitDense MLP Head centre Decoder.image Decoder.vector State RSSM.prior RSSM.img_step
-        RSSM.obs_step RSSM.observe lambda_return Optimizer.grads Agent.act Agent.zero_state
-        Agent.autocast Agent.optimizers random_actions first_update updates_due""".split(),
+        OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.mean Bernoulli.log_prob Linear
+        Dense.forward SplitDense MLP Head centre Decoder.image Decoder.vector State RSSM.prior
+        RSSM.img_step RSSM.obs_step RSSM.observe lambda_return Optimizer.grads Agent.act
+        Agent.zero_state Agent.autocast Agent.optimizers random_actions first_update updates_due""".split(),
     "23": """
         Args.stoch_dim Gaussian Latent.kl WorldModel.cont Actor.forward imagine Agent.train_step
         train OneHot.log_prob OneHot.entropy Latent.sample Latent.mode Latent.entropy Latent.detach

@@ -258,6 +258,26 @@ def test_actor_loss_of_v3():
         assert all(g.any() for g in grad_of(loss, *inputs)[1:]) != discrete
 
 
+def test_what_v3_makes_of_a_doubtful_end():
+    """An episode that goes on with probability 0.6: --cont-mean counts it by 0.6, the mode as 1."""
+    def update(doubt, **flags):
+        torch.manual_seed(1)
+        agent = tiny_agent(d3, critic_lr=1e-30, model_lr=1e-30, **flags)
+        agent.world_model.cont_head.out.weight.data.zero_()
+        agent.world_model.cont_head.out.bias.data.fill_(math.log(doubt / (1 - doubt)))
+        return agent.learn(tiny_batch(d3, agent), agent.zero_state(3))
+
+    def same(one, other):
+        return all(torch.allclose(one[key], other[key], rtol=1e-5)
+                   for key in ("imagined/return", "loss/critic", "loss/actor"))
+
+    assert same(update(0.6, gamma=0.5, cont_mean=True), update(0.9999999, gamma=0.3, cont_mean=True))
+    assert same(update(0.6, gamma=0.5), update(0.9999999, gamma=0.5, cont_mean=True))
+    assert same(update(0.6, gamma=0.5), update(0.6, gamma=0.5, cont_mean=False))
+    assert not same(update(0.6, gamma=0.5), update(0.6, gamma=0.5, cont_mean=True))
+    assert not same(update(0.4, gamma=0.5), update(0.6, gamma=0.5))
+
+
 @pytest.mark.parametrize("mix", [0.0, 0.1, 1.0])
 def test_actor_loss_of_v2(mix):
     """[V2-4] [V2-5] Facts 29 and 31."""

@@ -501,7 +501,7 @@ def test_vector_networks_of_v3_have_one_size():
         return encoder.embed_dim, len(encoder.mlp), len(decoder.vector_head.mlp)
 
     assert widths(size="XS") == widths(size="M", units=24, layers=3) == (1024, 5, 5)
-    assert widths(size="XXS") == (128, 1, 1)
+    assert widths(size="XXS") == (512, 2, 2)
     assert widths(mlp_units=30, mlp_layers=2) == (30, 2, 2)
 
 

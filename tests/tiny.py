@@ -20,7 +20,8 @@ def has_flag(module, name: str) -> bool:
 def tiny_args(module, discrete: bool = True, **changes):
     """`Args` of a script with those of SIZES that it has; `changes` are flags that it has."""
     sizes = {name: value for name, value in SIZES.items() if has_flag(module, name)}
-    return for_task(module, module.Args(size="XXS", **sizes | changes), discrete)
+    size = "XS" if has_flag(module, "cont_mean") else "XXS"  # V3's XXS departs from the paper
+    return for_task(module, module.Args(size=size, **sizes | changes), discrete)
 
 
 def for_task(module, args, discrete: bool):
