@@ -48,8 +48,8 @@ BOXING = ("--env-id BoxingNoFrameskip-v4 --deter 512 --hidden 256 --units 256 --
           "--depth 16 --stoch 16 --classes 16 --batch-length 32 --train-ratio 448 --model-lr 2e-4 "
           "--actor-lr 6e-5 --critic-lr 6e-5 --total-timesteps 14400 --threads 2")
 V3_LAPTOP = {  # one preset for all of them
-    "cartpole": ("CartPole-v1", 20_000), "pendulum": ("Pendulum-v1", 10_000),
-    "inverted_pendulum": ("InvertedPendulum-v5", 12_000),
+    "cartpole": ("CartPole-v1", 20_000), "pendulum": ("Pendulum-v1", 15_000),
+    "inverted_pendulum": ("InvertedPendulum-v5", 15_000),
     "cartpole_pixels": ("CartPole-v1 --pixels", 10_000), "acrobot": ("Acrobot-v1", 10_000),
 }
 COMMANDS = {  # what a user types behind `python SCRIPT.py`
