@@ -1,70 +1,120 @@
-"""A run's training curve as JSON and PNG, on top of published ones if a table of them is given.
+"""Learning curves as PNG, on top of the authors' published ones where the task is the same.
 
     pip install matplotlib
-    python benchmarks/plot.py RUN_DIR OUT_FOLDER --title Boxing --published curves.csv --task boxing
+    python benchmarks/plot.py run RUN_DIR OUT_FOLDER --title Boxing --task boxing
+    python benchmarks/plot.py results laptop benchmarks/results/laptop.png
 
-The table has the columns task, seed, env_frames, episode_return. `--suite` picks some of its rows
-where one task stands in several suites.
+`run` draws one run directory (and keeps its curve as JSON), `results` what learning.py has kept of a set of
+tasks: mean over the seeds, and from the least to the greatest of them.
 """
 
-import argparse
 import csv
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+import tyro
+from learning import COMMANDS, SETS
+from speed import HERE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+Curve = list[tuple[float, float]]  # of (frames, return of an episode)
+# The authors' learning curves of DreamerV3 (2023), read from what danijar/dreamerv3 published.
+PUBLISHED = HERE / "results/published/dreamerv3_2023.csv"
+SAME_TASK = {  # in learning.py -> there
+    "boxing": "boxing", "atari100k_boxing": "boxing", "atari100k_mspacman": "ms_pacman",
+    "atari100k_pong": "pong", "control_walker": "walker_walk", "control_swingup": "cartpole_swingup",
+}
+COLOURS = {"dreamer_v1": "tab:green", "dreamer_v2": "tab:orange", "dreamer_v3": "tab:blue"}
 
-def published_curves(path: Path, task: str, suite: str) -> list[list[tuple[float, float]]]:
+
+def published_curves(task: str | None) -> list[Curve]:
     """Frames and returns of every seed of a task."""
     seeds = defaultdict(list)
-    with open(path) as file:
+    with open(PUBLISHED) as file:
         for row in csv.DictReader(file):
-            if row["task"] == task and suite in ("", row.get("suite")):
-                point = float(row["env_frames"]), float(row["episode_return"])
-                seeds[row["seed"]].append(point)
+            if row["task"] == task:
+                seeds[row["seed"]].append((float(row["env_frames"]), float(row["episode_return"])))
     return list(seeds.values())
 
 
-def main() -> None:
-    """Read the events of the run, write OUT_FOLDER/curve.json and curve.png."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--title", default="")
-    parser.add_argument("--published", type=Path)
-    parser.add_argument("--task", default="")
-    parser.add_argument("--suite", default="")
-    options = parser.parse_args()
-    settings = json.loads((options.run_dir / "args.json").read_text())["args"]
-    events = EventAccumulator(str(options.run_dir), size_guidance={"scalars": 0}).Reload()
+def draw_published(axes: plt.Axes, task: str | None) -> None:
+    """Each seed as a grey line."""
+    for number, curve in enumerate(published_curves(task)):
+        axes.plot(*zip(*curve), color="0.75", linewidth=1,
+                  label="published, each seed" * (number == 0) or None)
+
+
+def kept_curve(path: Path) -> Curve:
+    """A run of learning.py; one decision of its agent may be several frames."""
+    command = json.loads(path.with_suffix(".json").read_text())["command"]
+    repeat = re.search(r"--action-repeat (\d+)", command)
+    repeat = int(repeat[1]) if repeat else 4 if "NoFrameskip" in command else 1
+    with open(path) as file:
+        return [(int(row["timesteps"]) * repeat, float(row["return"]))
+                for row in csv.DictReader(file)]
+
+
+def mean_and_range(curves: list[Curve], points: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Frames (points,) and returns (seeds, points): the mean of what fell between two points."""
+    edges = np.linspace(0, min(curve[-1][0] for curve in curves), points + 1)
+    returns = np.empty((len(curves), points))
+    for row, curve in zip(returns, curves):
+        frames, values = np.array(curve).T
+        ends = np.searchsorted(frames, edges, side="right")
+        last = values[0]
+        for i, (low, high) in enumerate(zip(ends, ends[1:])):
+            row[i] = last = values[low:high].mean() if high > low else last
+    return edges[1:], returns
+
+
+def results(name: str, out: Path, /) -> None:
+    """Draw what learning.py has kept of a set of tasks."""
+    tasks = [task for task in SETS[name] if [*HERE.glob(f"results/learning_*_{task}_?.csv")]]
+    figure, grid = plt.subplots(1, len(tasks), figsize=(3 * len(tasks), 2.6), squeeze=False)
+    for axes, task in zip(grid[0], tasks):
+        draw_published(axes, SAME_TASK.get(task))
+        for script in COMMANDS:
+            paths = sorted(HERE.glob(f"results/learning_{script}_{task}_?.csv"))
+            if paths:
+                frames, returns = mean_and_range([kept_curve(path) for path in paths])
+                axes.plot(frames, returns.mean(0), color=COLOURS[script],
+                          label=f"{script}, {len(paths)} seed{'s' * (len(paths) > 1)}")
+                axes.fill_between(frames, returns.min(0), returns.max(0), color=COLOURS[script],
+                                  alpha=0.2, linewidth=0)
+        axes.set(title=task.replace("_", " "), xlabel="frames")
+        axes.legend(fontsize=6)
+    grid[0][0].set_ylabel("return while training")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def run(run_dir: Path, out: Path, /, title: str = "", task: str | None = None) -> None:
+    """Draw one run directory, on the published curves of `task`; write curve.json, curve.png."""
+    settings = json.loads((run_dir / "args.json").read_text())["args"]
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     points = [(event.step * settings["action_repeat"], event.value)
               for event in events.Scalars("charts/episodic_return")]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "curve.json").write_text(json.dumps(
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "curve.json").write_text(json.dumps(
         {"frames_and_returns": points,
          "args": {name: value for name, value in settings.items() if name != "runs_dir"}},
         indent=1) + "\n")
-
     axes = plt.figure(figsize=(6, 3.5)).add_subplot()
-    curves = []
-    if options.published:
-        curves = published_curves(options.published, options.task, options.suite)
-    for number, curve in enumerate(curves):
-        axes.plot(*zip(*curve), color="0.75", linewidth=1,
-                  label="published, each seed" * (number == 0) or None)
+    draw_published(axes, task)
     axes.plot(*zip(*points), "o-", color="tab:blue", markersize=3, label="this run")
-    axes.set(title=options.title, xlabel="frames", ylabel="return of a training episode",
+    axes.set(title=title, xlabel="frames", ylabel="return of a training episode",
              xlim=(0, 3 * points[-1][0]))
     axes.legend()
     axes.figure.tight_layout()
-    axes.figure.savefig(options.out / "curve.png", dpi=110)
+    axes.figure.savefig(out / "curve.png", dpi=110)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.extras.subcommand_cli_from_dict({"run": run, "results": results}, description=__doc__)
