@@ -751,7 +751,7 @@ class RSSM(nn.Module):
             deter, stoch: (B, D) and (B, Z), the state before the first observation.
 
         Returns:
-            deter (T, B, D), stoch (T, B, Z), and what `latent` makes the posterior of.
+            deter (T, B, D), stoch (T, B, Z), and `latent`'s argument for the posterior.
 
         What does not depend on the previous state is computed for all T at once, so that the loop
         holds the recurrence alone.

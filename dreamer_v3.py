@@ -42,7 +42,7 @@ Time alignment. A row of the replay buffer holds what is known when the action i
                 world-model loss: [t=0 ... t=T-1], every replayed step
     imagine     s_0 = a posterior state;   a_t ~ actor(s_t), s_{t+1} ~ prior       t = 0 ... H-1
                 critic    [v_0 ... v_{H-1}]   v_H only bootstraps
-                rewards   r_1 ... r_H  and flags  c_1 ... c_H  from the states 1 ... H
+                rewards   r_1 ... r_H  and  c_1 ... c_H  from the states 1 ... H
                 actor     [a_0 ... a_{H-1}]   each judged by R_t, the return of its own state
                 weights   w_t = gamma^t c_0 c_1 ... c_t     with c_0 the recorded 1 - is_terminal
                 target    R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})
@@ -58,8 +58,9 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     E  embedding, 4096     D  deterministic state, 512     S, K  latents and classes, 32 each
     Z = S * K  stochastic state, 1024     F = D + Z  feature, 1536     U  hidden units, 512
     L  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3
-    Equations of the paper: 1, 2 symlog; 3 RSSM; 4, 5 world_model_loss; 6 Actor and Critic;
-    7 lambda_return; 8 - 10 TwoHot, critic_loss; 11 actor_loss; 12 ReturnScale
+    Equations of the paper: 1 vectors in world_model_loss; 2 symlog, symexp in common/maths.py;
+    3 RSSM, WorldModel; 4, 5 world_model_loss; 6 Actor, Critic; 7 lambda_return; 8 TwoHot.mean;
+    9 TwoHot.log_prob; 10 critic_loss; 11 actor_loss; 12 ReturnScale
 
 What changed since DreamerV2 (each tag stands where the change happens), and what it is good for.
 From the paper:
@@ -67,13 +68,13 @@ From the paper:
             numbers drown the other losses; V2 squashed rewards by tanh, which hides large rewards.
     [V3-2]  KL as dynamics (0.5) and representation (0.1) loss, free bits of 1 nat for each state,
             Eq. 5. V2 needed another KL scale for each domain; without free bits codes collapse.
-    [V3-3]  1% uniform mixture in every categorical. Without it a KL or log-probability can explode.
+    [V3-3]  1% uniform mixture in latents and discrete policy, lest a KL or log-probability explode.
     [V3-4]  reward head and critic predict a two-hot distribution over 255 symlog buckets, Eq. 8-10.
             A squared error follows rare large returns too slowly, or diverges.
     [V3-5]  returns are divided by their 5-95 percentile range, if above 1, Eq. 11-12. Without it
             the entropy scale must be tuned to the size of each task's rewards.
-    [V3-6]  targets and baseline come from the critic itself; its slow copy is an average over
-            updates that regularises it. V2 took both from a copy that is up to 100 updates old.
+    [V3-6]  targets come from the critic itself (and so does the baseline: code); its slow copy, an
+            average, regularises it. V2 took both from a copy that is up to 100 updates old.
     [V3-7]  the continue head, in every domain, predicts whether the episode goes on: its target has
             no gamma in it.
     [V3-8]  SiLU and LayerNorm everywhere (no bias before a norm: code): one rate for all sizes.
@@ -87,21 +88,22 @@ From the authors' code only:
     [V3-12] 4x4 convolutions with "same" padding, down to 4x4 pixels (paper: 3x3); initialisers.
     [V3-13] squared errors of image and vector without the factor 1/2 of a normal distribution.
     [V3-14] H terms in the actor's loss, an action is judged by the return of the state where it is
-            chosen (V2: H - 1, the state it leads to); a terminal start has weight zero.
+            chosen, as in Eq. 11 (V2: H - 1, the state it leads to); terminal starts weigh zero.
     [V3-15] continuous actions from a normal (V2: truncated), clipped for model and environment.
 Tags [V1-n] and [V2-n] are explained in dreamer_v1.py and dreamer_v2.py.
 
 Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
-    * bfloat16 is the default where the hardware supports it. Their Atari-100k setting computes in
-      float32 (`--amp off`), others in float16 with loss scaling. State and acting stay in float32.
+    * bfloat16 is the default where the hardware supports it, from 256 --units on. Their Atari-100k
+      setting computes in float32 (`--amp off`), others in float16 with loss scaling. State and
+      acting stay in float32.
     * We do not draw the prior sample that their replay loop draws and never uses.
     * log1p(|x|) for ln(|x| + 1), torch's variance for E[x^2] - E[x]^2 in LayerNorm: less rounding.
     * The first update is due at --learning-starts (theirs: once B * T windows can be sampled).
     * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action.
-    * --size XXS is ours, for laptops. With their code of 2024 it takes REINFORCE for all actions
-      and imagined ends by their probability (--cont-mean), not only where it is above one half.
-      Their vector networks are 5 x 1024 at any size.
+    * --size XXS is ours, for laptops; few of its numbers are the paper's. As their code of 2024, it
+      takes REINFORCE for continuous actions, too, and weighs imagined steps by the probability
+      that the episode goes on (--cont-mean). Their vector networks are 5 x 1024 at any size.
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
@@ -132,14 +134,14 @@ from torch import Tensor
 SCRIPT = Path(__file__).stem
 
 # ------------------------------------------------------------------------------------------- 2 Args
-PAPER = dict(  # vector networks and the schedule of updates are the authors' code's
+PAPER = dict(  # mlp_* and the schedule of updates: the authors' code
     gamma=1 - 1 / 333, mlp_units=1024, mlp_layers=5, stoch=32, classes=32, bins=255,
     imag_horizon=15, batch_size=16, batch_length=64, train_ratio=1024.0, learning_starts=1024,
     pretrain=1, total_timesteps=100_000, buffer_size=1_000_000, model_lr=1e-4, model_eps=1e-8,
     actor_lr=3e-5, actor_eps=1e-5, critic_lr=3e-5, critic_eps=1e-5, actor_entropy=3e-4,
     actor_min_std=0.1, beta_pred=1.0, grayscale=False, clip_rewards="none", actor_grad="auto",
     cont_mean=False, eval_greedy=False)
-SIZES = {  # those of the paper; XXS is ours, for laptops and tests
+SIZES = {  # those of the paper; XXS is ours, why so: benchmarks/results/laptop_preset.md
     "XXS": PAPER | dict(
         deter=128, hidden=128, units=128, layers=1, depth=8, mlp_units=512, mlp_layers=2, stoch=16,
         classes=16, bins=63, batch_length=16, train_ratio=64.0, model_lr=5e-4, actor_lr=3e-4,
@@ -193,7 +195,7 @@ class Args(RunArgs):
     model_lr: float | None = None  # Learning rate of the world model
     model_eps: float | None = None  # Adam epsilon
     model_clip: float = 1000.0  # Gradient clipping by global norm
-    unimix: float = 0.01  # Share of the uniform distribution in every categorical
+    unimix: float = 0.01  # Share of the uniform distribution in latents and discrete policy
     beta_pred: float | None = None  # Scale of image, vector, reward and continue loss
     beta_dyn: float = 0.5  # Scale of the dynamics loss
     beta_rep: float = 0.1  # Scale of the representation loss
@@ -211,8 +213,8 @@ class Args(RunArgs):
     critic_eps: float | None = None  # Adam epsilon of the critic
     critic_clip: float = 100.0  # Gradient clipping of the critic
     actor_entropy: float | None = None  # eta, scale of the entropy bonus
-    actor_grad: Literal["auto", "reinforce", "dynamics"] | None = None  # auto: by action space
-    cont_mean: bool | None = None  # Imagined ends count by their probability, not if above 1/2
+    actor_grad: Literal["auto", "reinforce", "dynamics"] | None = None  # auto: reinforce if one-hot
+    cont_mean: bool | None = None  # Imagined c_t is a probability; else 1 or 0, the likelier one
     actor_max_std: float = 1.0  # Largest deviation of a continuous action
     critic_ema_decay: float = 0.98  # Decay of the slow critic
     critic_ema_regularizer: float = 1.0  # Scale of the loss towards the slow critic
@@ -235,7 +237,7 @@ class Args(RunArgs):
             "unimix": 1, "critic_ema_decay": 1, "return_norm_decay": 1, "return_norm_low": 100,
             "return_norm_high": 100, "gamma": 1, "return_lambda": 1})
         if self.actor_min_std > self.actor_max_std or self.return_norm_low > self.return_norm_high:
-            raise UserError("--actor-min-std and --return-norm-low must be below their maximum.")
+            raise UserError("--actor-min-std and --return-norm-low must not exceed their maximum.")
         if self.bins < 2:
             raise UserError("--bins is 1; a number lies between two of them.")
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
@@ -474,7 +476,7 @@ class TwoHot:
         return self.logits.logsumexp(-1)
 
     def mean(self) -> Tensor:
-        """symexp(sum_i p_i b_i) (...): the mean is taken in symlog space, then transformed."""
+        """symexp(sum_i p_i b_i) (...), Eq. 8: the mean in symlog space, then transformed."""
         with torch.autocast(self.logits.device.type, enabled=False):  # bfloat16 is too coarse
             return symexp(self.logits.softmax(-1) @ self.buckets)
 
@@ -793,7 +795,7 @@ class RSSM(nn.Module):
             deter, stoch: (B, D) and (B, Z), the state before the first observation.
 
         Returns:
-            deter (T, B, D), stoch (T, B, Z), and what `latent` makes the posterior of.
+            deter (T, B, D), stoch (T, B, Z), and `latent`'s argument for the posterior.
 
         What does not depend on the previous state is computed for all T at once, so that the loop
         holds the recurrence alone.
@@ -1093,11 +1095,11 @@ class Agent(nn.Module):
             value_dist = self.critic(feat)
             value = value_dist.mean()  # (H1, N)
             with torch.no_grad():
-                going_on = model.cont(feat[1:])  # [V3-7]
-                cont = going_on.mean() if args.cont_mean else going_on.mode()  # (H, N)
+                cont_dist = model.cont(feat[1:])  # [V3-7]
+                cont = cont_dist.mean() if args.cont_mean else cont_dist.mode()  # (H, N)
                 slow_value = self.slow_critic(feat[:-1]).mean()  # (H, N)
 
-        # Returns: r_{t+1} and c_{t+1} follow from state t; Eq. 7 has r_t and c_t for the same
+        # Returns. What follows from state t is r_{t+1}, c_{t+1} here; Eq. 7 writes r_t, c_t for it
         alive = (~batch.is_terminal).float().flatten()  # (N,) [V2-7] [V3-14]
         discount = args.gamma * cont  # (H, N)
         weight = torch.cat([alive[None], discount[:-1]]).cumprod(0)  # (H, N) [V1-5]

@@ -170,7 +170,7 @@ class Run:
             print("no update will be made: raise --total-timesteps, or lower --learning-starts")
         elif agent.device.type == "cpu" and millions > 4:
             print(f"no GPU: {planned:,} updates of so large a network take long; comfortable on "
-                  "a laptop: --size XXS --train-ratio 64, or an environment such as CartPole-v1")
+                  "a laptop: --size XXS, on an environment such as CartPole-v1")
 
     def stopping(self, metrics: dict | None = None) -> bool:
         """Whether to leave the main loop; also saves, on all ranks, if that is long ago.
