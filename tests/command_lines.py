@@ -13,7 +13,7 @@ MAIN = "dreamer_v3"  # what lives in `common/`, or is the same in all scripts, i
 TINY = {"size": "XXS", "deter": 8, "hidden": 8, "units": 8, "stoch": 2, "classes": 2, "layers": 1, "depth": 2,
         "mlp_units": 8, "mlp_layers": 1, "imag_horizon": 3, "batch_size": 3, "batch_length": 5,
         "learning_starts": 20, "pretrain": 1, "train_ratio": 15, "image_size": 8, "threads": 1, "log_every": 10,
-        "video_every": 0}
+        "video_every": 0, "actor_grad": "auto"}
 TIMING = ("charts/SPS", "charts/updates_per_second")
 
 

@@ -228,7 +228,7 @@ SPECS = {  # (observation, action) of every kind, together; True: as small as th
 T, B, H, P, CONTEXT = 7, 6, 24, 8, 3
 SIZES = dict(batch_length=T, batch_size=B, imag_horizon=H, num_envs=P, image_size=16, depth=2,
              deter=10, hidden=19, units=13, mlp_units=29, layers=1, mlp_layers=1, stoch=11,
-             classes=12, bins=17, total_timesteps=1000, cuda=False)
+             classes=12, bins=17, total_timesteps=1000, cuda=False, actor_grad="auto")
 
 
 def tiny_args(module, spec: EnvSpec):
