@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import torch.distributed as dist
 import tyro
 
-from common.envs import EnvError, probe
+from common.env_errors import EnvError
+from common.envs import is_atari, probe
 from common.files import UserError
 from common.rundir import MODES, load_args
 
@@ -32,7 +33,7 @@ class RunArgs:
     noop_max: int = 30  # Atari: up to this many no-ops at the start of an episode
     env_seed: int | None = None  # Seed of every episode of training (one level, one track)
     max_env_restarts: int = 10  # Restarts of broken environments before the run stops
-    env_timeout: float = 60.0  # Seconds after which an environment process counts as hung
+    env_timeout: float = 60.0  # Seconds after which an environment counts as hung
 
     # The run
     exp_name: str | None = None  # Part of the run directory's name (None: the script's)
@@ -130,12 +131,15 @@ def fill(args, presets: dict[str, Any]) -> None:
 
 def for_task(args, tasks: dict[str, dict]):
     """`args`, filled with the setting for the kind of actions that its environment has."""
-    kind = "discrete" if probe(args.env_config).discrete else "continuous"
+    spec = probe(args.env_config)
+    kind = "discrete" if spec.discrete else "continuous"
     presets = {name: value for name, value in tasks[kind].items() if getattr(args, name) is None}
     fill(args, presets)
     args.check()
-    print(f"{kind} actions, so: "
-          + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in presets.items()))
+    silent = {"grayscale": spec.image_shape is None, "sticky": not is_atari(args.env_id)}
+    print(f"{kind} actions, so: " + ", ".join(
+        f"{name.replace('_', '-')} {value}" for name, value in presets.items()
+        if not silent.get(name)))
     return args
 
 

@@ -6,20 +6,20 @@
 an `EnvError` of one line, which says what to do.
 """
 
-import difflib
 import functools
 import importlib
 import math
 import operator
 import os
 import sys
-import traceback
 from dataclasses import dataclass, field
 
 import cv2
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+
+from common.env_errors import EnvError, entry_point, reason
 
 try:
     import ale_py  # registers the Atari ids
@@ -36,14 +36,7 @@ PACKAGES = {  # how an id begins: what to install; modules whose import register
 COMBINED = spaces.MultiBinary, spaces.MultiDiscrete
 NUMBERS = spaces.Box, spaces.Discrete, *COMBINED
 COLOURS, MAX_CHANNELS = (1, 3, 4), 16  # a grey, an RGB or an RGBA picture; a stack of several
-HEADLESS = "to render MuJoCo without a display, set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
 
-
-class EnvError(Exception):
-    """The environment cannot be used. The message is one line, fit to be shown to the user."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))  # the text of a space may have several
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class EnvSpec:
 def is_atari(env_id: str) -> bool:
     """Whether this is an Atari game. The usual ids are known even without ale_py."""
     usual = "ALE/" in env_id or "NoFrameskip-v" in env_id
-    return usual or _entry_point(env_id).startswith("ale_py")
+    return usual or entry_point(env_id).startswith("ale_py")
 
 
 def default_action_repeat(env_id: str) -> int:
@@ -91,7 +84,7 @@ def make_env(config: EnvConfig) -> gym.Env:
     except EnvError:
         raise
     except (Exception, SystemExit) as error:
-        raise EnvError(_reason(config, error)) from error
+        raise EnvError(reason(config, error, is_atari(config.env_id))) from error
 
 
 def probe(config: EnvConfig) -> EnvSpec:
@@ -174,10 +167,10 @@ def _standard_actions(env: gym.Env) -> gym.Env:
     if isinstance(space, COMBINED):
         return _combined_actions(env)
     is_float_box = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
-    if not (is_float_box and space.is_bounded()):
+    low, high = (np.ravel(getattr(space, x, np.inf)).astype(np.float64) for x in ("low", "high"))
+    if not (is_float_box and max(abs(low).max(), abs(high).max()) < np.finfo(np.float32).max):
         raise EnvError(f"action space {space} is not supported: use Discrete, MultiDiscrete, "
-                       "MultiBinary or bounded float Box")
-    low, high = space.low.ravel().astype(np.float64), space.high.ravel().astype(np.float64)
+                       "MultiBinary or float Box with finite bounds")
 
     def rescale(action):
         unit = np.clip(action, -1.0, 1.0).astype(np.float64)
@@ -299,7 +292,8 @@ def _leaf(observation, path: tuple, space: spaces.Space, kinds: str):
         value = functools.reduce(operator.getitem, path, observation)
         value = np.asarray(value) if is_box else value
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{_part(path)} cannot be read: {error!r}") from error
+        keys = f"; there are {[*observation]}" if isinstance(observation, dict) else ""
+        raise ValueError(f"{_part(path)} cannot be read: {error!r}{keys}") from error
     if is_box and (value.shape != space.shape or value.dtype.kind not in kinds):
         raise ValueError(f"{_part(path)} is {value.dtype}{value.shape}, expected {space}")
     if not is_box and not space.contains(value):
@@ -309,41 +303,3 @@ def _leaf(observation, path: tuple, space: spaces.Space, kinds: str):
 
 def _part(path: tuple) -> str:
     return f"the observation's part {'/'.join(map(str, path))!r}" if path else "the observation"
-
-
-def explain(error: BaseException) -> str:
-    """`Type: text (file, line 3)`: the innermost line of the user's own code, if there is one."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300] + _where(error)
-
-
-def _where(error: BaseException) -> str:
-    folders = [os.path.join(os.path.dirname(p), "") for p in (__file__, gym.__file__, os.__file__)]
-    lines = [f" ({frame.filename}, line {frame.lineno})"
-             for frame in traceback.extract_tb(error.__traceback__)
-             if not frame.filename.startswith(("<", *folders))]
-    return ([line for line in lines if "site-packages" not in line] or lines or [""])[-1]
-
-
-def _reason(config: EnvConfig, error: BaseException) -> str:
-    """One line for the user on why Gymnasium could not make `config.env_id`."""
-    module, _, name = config.env_id.rpartition(":")
-    entry_point = _entry_point(config.env_id)  # gymnasium.envs.box2d.car_racing:CarRacing: box2d
-    extra = "atari" if is_atari(config.env_id) else entry_point.partition("gymnasium.envs.")[2]
-    if isinstance(error, gym.error.DependencyNotInstalled) and extra:
-        package = f"gymnasium[{extra.partition('.')[0]}]=={gym.__version__}"
-        return f'{config.env_id} needs a package: pip install "{package}"'
-    is_unknown = isinstance(error, gym.error.Error) and not entry_point and not _where(error)
-    if is_unknown or ":" in module:
-        similar = difflib.get_close_matches(name, gym.registry) or ["your_module:YourEnv-v0"]
-        return f"unknown environment id {config.env_id!r}; did you mean {' or '.join(similar)}?"
-    if isinstance(error, ImportError | TypeError) and type(error.__cause__) is type(error):
-        error = error.__cause__  # Gymnasium has raised it again, with more words
-    if isinstance(error, ImportError) and f"{module}.".startswith(f"{error.name}."):
-        return f"cannot import the module of {config.env_id!r} (run from its folder?): {error}"
-    hint = f" ({HEADLESS})" if config.render or config.pixels else ""
-    return f"cannot build {config.env_id!r}: {explain(error)}{hint}"
-
-
-def _entry_point(env_id: str) -> str:
-    spec = gym.registry.get(env_id.rpartition(":")[2])
-    return str(spec.entry_point) if spec else ""

@@ -40,7 +40,8 @@ def load(run_dir: Path | str, **flags) -> "Player":
     """The trained agent of a run directory, to act in a program of your own.
 
     flags: fields of the script's `Args` that shall differ from those of the run, such as
-    eval_greedy=True or cuda=False. Raises UserError if there is no agent.
+    eval_greedy=True (otherwise actions are drawn) or cuda=False. Raises UserError if there is no
+    agent, EnvError if its environment cannot be made: its module must be importable.
     """
     run_dir = Path(run_dir)
     script = script_of(run_dir)
@@ -52,7 +53,8 @@ def load(run_dir: Path | str, **flags) -> "Player":
 class Player:
     """A trained agent in the terms of the environment that it was trained on.
 
-    `env` is a new one of these, as Gymnasium made it; on Atari with frame skip and preprocessing.
+    `env` is a new one of these, as Gymnasium made it, but with --action-repeat, and on Atari with
+    its preprocessing; with --pixels its observation is the picture.
     """
 
     def __init__(self, args, agent):
@@ -65,7 +67,9 @@ class Player:
     def play(self, observation, state=None):
         """(action, state) for what `env.reset` or `env.step` returned.
 
-        `state` is what the last call returned; None at the first observation of an episode.
+        `state` is what the last call returned; None at the first observation of an episode. For an
+        environment that `env` is not: repeat the action as in training; with --pixels, give the
+        picture that `render` returns.
         """
         parts, is_first = self._observations.observation(observation), state is None
         image, vector = (parts[key][None] if key in parts else None for key in ("image", "vector"))

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import deque
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -16,7 +17,8 @@ import torch.distributed as dist
 
 from common.devices import (keep_freed_memory, max_over_ranks, prepare_torch, rng_state,
                             seed_everything, set_rng_state, setup_distributed)
-from common.envs import EnvError, EnvSpec
+from common.env_errors import EnvError
+from common.envs import EnvSpec
 from common.files import UserError, read_array
 from common.logger import Logger, to_numbers
 from common.rundir import (create_run_dir, load_checkpoint, own_run_dir, save_args,
@@ -111,10 +113,11 @@ class Run:
         """A new run directory, with its args.json; every rank gets the same one."""
         args, shared = self.args, [None]
         if self.rank == 0:
-            shared = [create_run_dir(args.runs_dir, args.env_id, args.exp_name or self.script,
-                                     args.seed)]
-            self.lock = own_run_dir(shared[0])
-            save_args(shared[0], self.script, asdict(args))
+            self.dir = create_run_dir(args.runs_dir, args.env_id, args.exp_name or self.script,
+                                      args.seed)
+            self.lock = own_run_dir(self.dir)
+            save_args(self.dir, self.script, asdict(args))
+            shared = [self.dir]
         if dist.is_initialized():
             dist.broadcast_object_list(shared)
         return shared[0]
@@ -277,11 +280,11 @@ class Run:
                 is_done = self.began < self.args.total_timesteps <= self.step
                 if is_done and self.args.video_every and self.filmed != self.step:
                     self.log_video()
-        hint = f"go on with: python {self.script}.py --resume {self.dir}"
+        hint = f"go on with: python {sys.argv[0]} --resume {self.dir}"
         if not is_saved:
             self.remove_if_nothing(error)
         elif failed := error or self.error:
-            raise UserError(f"{failed}; the state is saved; {hint}") from failed
+            raise UserError(f"{failed}; the state is saved; mend that, then {hint}") from failed
         elif self.rank == 0:
             self.take_leave(hint)
 
@@ -301,8 +304,8 @@ class Run:
             print(f"{self.episodes} episodes; mean return of the last {len(self.returns)}: "
                   f"{np.mean(self.returns):g}")
         print(f"done; all of it is in {self.dir}\n"
-              f"    python {self.script}.py --evaluate {self.dir}\n"
-              f"    python {self.script}.py --dream {self.dir}")
+              f"    python {sys.argv[0]} --evaluate {self.dir}\n"
+              f"    python {sys.argv[0]} --dream {self.dir}")
 
 
 @contextmanager

@@ -28,7 +28,8 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from gymnasium.vector.async_vector_env import _async_worker
 
-from common.envs import HEADLESS, PACKAGES, EnvConfig, EnvError, env_spec, explain, make_env
+from common.env_errors import RESULTS, EnvError, explain, rendering
+from common.envs import PACKAGES, EnvConfig, env_spec, make_env
 
 START_SECONDS = 120.0  # to import and build, on top of `timeout`: slow on a busy machine
 
@@ -57,7 +58,7 @@ class Envs:
     in its space, is reported on stderr and rebuilt. Its episode is closed as truncated: that step
     returns the last good observation, reward 0 and is_last; the next one is_first. EnvError after
     more than `max_restarts` of these in all, and at once if an environment cannot be built, its
-    first reset fails, or its process dies or takes more than `timeout` seconds to answer.
+    first reset fails, its process dies, or it takes more than `timeout` seconds to answer.
     """
 
     def __init__(self, config: EnvConfig, num_envs: int, seed: int, max_restarts: int = 10,
@@ -116,7 +117,7 @@ class Envs:
         with self._answering():
             frame = self._vector.render()[0]
         if isinstance(frame, str):
-            raise EnvError(f"{self.config.env_id} cannot render: {frame} ({HEADLESS})")
+            raise EnvError(f"{self.config.env_id} cannot render: {frame} ({rendering()})")
         return frame
 
     def close(self):
@@ -163,9 +164,13 @@ class Envs:
 
     @contextlib.contextmanager
     def _answering(self):
-        """Makes an EnvError of a process that died or hangs."""
+        """Makes an EnvError of an environment that hangs, and of a process that died."""
         try:
-            yield
+            if self.num_envs > 1 or threading.current_thread() is not threading.main_thread():
+                yield
+            else:
+                with self._alarm():
+                    yield
         except BaseException as error:
             self.close()  # also after Ctrl-C: what answers are on their way is not known
             if not isinstance(error, (multiprocessing.TimeoutError, EOFError, OSError)):
@@ -175,6 +180,20 @@ class Envs:
             codes = [process.exitcode for process in self._vector.processes]
             text = f"a process of {self.config.env_id} {what} (exit codes {codes})"
             raise EnvError(text) from error
+
+    @contextlib.contextmanager
+    def _alarm(self):
+        """Ends what the one environment in this process does (in Python) when it takes too long."""
+        def ring(number, frame):
+            raise EnvError(f"{self.config.env_id} gave no answer for {self._vector.limit:g} s")
+
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, self._vector.limit)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(eq=False)
@@ -224,7 +243,8 @@ class SturdyEnv(gym.Env):
         if self.entropy[1] or self.env is None or self.last is None:
             return None
         try:
-            return self.env.render()
+            frame = self.env.render()
+            return "render() gave None" if frame is None else frame
         except (Exception, SystemExit) as error:
             return explain(error)
 
@@ -253,7 +273,8 @@ class SturdyEnv(gym.Env):
         self.env, self.restarts = None, self.restarts + 1
         if self.last is None and not isinstance(error, EnvError):
             text = f"{self.config.env_id} cannot start its first episode: {explain(error)}"
-            return EnvError(text)
+            is_told = RESULTS in text or not isinstance(error, ValueError)
+            return EnvError(text if is_told else f"{text}; {RESULTS}")
         return error if isinstance(error, EnvError) else explain(error)
 
 

@@ -155,7 +155,7 @@ def test_terminated_run_is_saved_and_resumes(cli, tmp_path):
         done = running.wait()
     assert done.code == 0 and "Traceback" not in done.err, str(done)
     run_dir = run_dir_in(tmp_path)
-    printed = re.search(rf"python {MAIN}\.py --resume (\S+)", done.out)
+    printed = re.search(rf"python \S*{MAIN}\.py --resume (\S+)", done.out)
     assert printed and (tmp_path / printed[1]).resolve() == run_dir.resolve(), str(done)
     step, updates = progress_of(run_dir)
     assert step == np.load(run_dir / "replay" / "rows.npy")[1] > 30 and updates == step - 19

@@ -434,11 +434,15 @@ def test_the_same_seed_gives_the_same_pixels(monkeypatch, tmp_path):
     assert_same(first, again)
 
 
-def test_pixels_that_cannot_be_rendered(register):
+def test_pixels_that_cannot_be_rendered(register, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
     for config in (EnvConfig(FAKE + "Echo-v0", pixels=True),
                    EnvConfig(register(lambda: SampleEnv(spaces.Discrete(2))), pixels=True)):
         text = error_of(config)
-        assert "render_mode" in text and "set MUJOCO_GL=egl or MUJOCO_GL=osmesa" in text
+        assert "to be rendered, it must accept render_mode='rgb_array'" in text
+        with monkeypatch.context() as with_mujoco:
+            with_mujoco.setitem(sys.modules, "mujoco", sys)
+            assert "set MUJOCO_GL=egl or MUJOCO_GL=osmesa" in error_of(config)
 
 
 @pytest.mark.parametrize("set_by_user, expected", [(None, "egl"), ("osmesa", "osmesa")])
@@ -699,6 +703,61 @@ def test_a_process_that_dies_or_hangs_ends_the_run_in_one_line(fault, says, capf
     assert not capfd.readouterr().err
 
 
+def test_an_environment_in_this_process_that_hangs_ends_the_run_in_one_line(capfd):
+    before = signal.getsignal(signal.SIGALRM)
+    with closing(Envs(EnvConfig(f"{FAKE}Hang-v0"), 1, 0, timeout=0.5)) as envs:
+        envs.reset()
+        with pytest.raises(EnvError, match="Hang-v0 gave no answer for 0.5 s"):
+            for _ in range(3):
+                envs.step(np.eye(3)[:1])
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and not capfd.readouterr().err
+
+
+class OldGym(gym.Env):
+    """Has the interface of Gym before 0.26: no info from `reset`, or four values from `step`."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, parts: int, is_old_reset: bool):
+        self.is_old_reset, self.names = is_old_reset, "abcd"[:parts]
+        numbers = spaces.Box(-1, 1, (2,), np.float32)
+        self.observation_space = spaces.Dict(dict.fromkeys(self.names, numbers)) if parts else numbers
+
+    def reset(self, *, seed=None, options=None):
+        observation = self.observation_space.sample()
+        return observation if self.is_old_reset else (observation, {})
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, {}
+
+
+@pytest.mark.parametrize("parts, is_old_reset", [(0, True), (2, True), (3, True), (1, False)])
+def test_an_environment_of_old_gym_is_told_what_to_return(register, parts, is_old_reset, capfd):
+    config = EnvConfig(register(lambda: OldGym(parts, is_old_reset)))
+    with pytest.raises(EnvError, match=re.escape("reset must return (observation, info), step (")):
+        with closing(Envs(config, 1, 0)) as envs:
+            envs.reset()
+            for _ in range(22):  # each second one starts an episode
+                envs.step(np.eye(2)[:1])
+
+
+def test_a_missing_part_is_told_with_those_that_are_there(register):
+    env = SampleEnv(spaces.Dict(here=spaces.Box(0, 1, (2,))))
+    env.reset = lambda **kwargs: ({"there": np.zeros(2, np.float32)}, {})
+    text = error_of(EnvConfig(register(lambda: env)), 1)
+    assert "part 'here' cannot be read: KeyError('here'); there are ['there']" in text
+
+
+def test_a_render_that_gives_nothing_is_an_error(register):
+    env = CountingEnv(render_mode="rgb_array")
+    env.render = lambda: None
+    with closing(Envs(EnvConfig(register(lambda **kwargs: env), render=True), 1, 0)) as envs:
+        envs.reset()
+        with pytest.raises(EnvError, match=r"cannot render: render\(\) gave None \(to "):
+            envs.render()
+
+
 def test_a_reward_may_be_an_array_of_one():
     trace = play(EnvConfig(FAKE + "ArrayReward-v0"), 1, steps=LENGTH)
     assert trace.reward[:, 0].tolist() == [0, 1, 2, 3, 4, 5] and trace.is_terminal[-1].all()
@@ -774,7 +833,9 @@ def error_of(config, num_envs=None) -> str:
     ("CarRacing-v2", "CarRacing-v3"),
     ("MsPackmanNoFrameskip-v4", "MsPacmanNoFrameskip-v4"),
     ("ALE/Pongg-v5", "ALE/Pong-v5"),
-    (FAKE + "Countin-v0", "Counting-v0"),
+    (FAKE + "Countin-v0", f"registers no 'Countin-v0'; did you mean {FAKE}Counting-v0"),
+    ("Thermostat-v0", "'Thermostat-v0'; one of your own is your_module:Thermostat-v0"),
+    ("common.mine:X-v0", "'common.mine:X-v0' (give yours another name)"),
     ("qqqq", "unknown environment id 'qqqq'"),
     ("not a valid id!", "unknown environment id"),
     ("a:b:c", "unknown environment id"),
@@ -847,6 +908,7 @@ def test_missing_ale(monkeypatch):
 @pytest.mark.parametrize("space, expected", [
     (spaces.Box(-np.inf, 1, (2,), np.float32), "Box(-inf, 1.0, (2,), float32)"),
     (spaces.Box(np.arange(98, dtype=np.float32), np.inf), "(98,), float32"),  # several lines
+    (spaces.Box(np.finfo(np.float32).min, 1, (2,), np.float32), "(2,), float32"),
     (spaces.Box(0, 5, (2,), np.int64), "int64"),
     (spaces.MultiDiscrete([32, 33]), "it has 1,056 combinations"),
     (spaces.Dict(a=spaces.Discrete(2)), "Dict('a': Discrete(2))"),
@@ -854,7 +916,7 @@ def test_missing_ale(monkeypatch):
 def test_unsupported_actions(register, space, expected):
     text = error_of(EnvConfig(register(lambda: SampleEnv(spaces.Discrete(2), space))))
     assert text.startswith("action space") and expected in text
-    assert text.endswith("use Discrete, MultiDiscrete, MultiBinary or bounded float Box") or (
+    assert text.endswith("use Discrete, MultiDiscrete, MultiBinary or float Box with finite bounds") or (
         "combinations" in text)
 
 

@@ -59,7 +59,7 @@ def test_the_run_goes_on(cli, tmp_path, fault):
 @pytest.mark.parametrize("fault, says", [("Exit", "died (exit codes [1, 1])"), ("Hang", "gave no answer for 0.5 s")])
 def test_a_process_that_dies_or_hangs_stops_the_run_saved(cli, tmp_path, fault, says):
     done = cli(MAIN, *new_run(fault, 16, "--num-envs", 2, "--env-timeout", 0.5), cwd=tmp_path)
-    assert_one_line(done, f"{fault}-v0", says, "is saved; go on with", "--resume")
+    assert_one_line(done, f"{fault}-v0", says, "is saved; mend that, then go on with", "--resume")
     state = load(only((tmp_path / "runs").iterdir()))
     assert state["ranks"][0]["replay"]["count"] == 3, "the reset and two good steps"
 
@@ -82,7 +82,7 @@ def test_killed_worker_stops_the_run_and_resume_goes_on(cli, tmp_path):
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)
         done = running.wait()
-    assert_one_line(done, "Counting-v0", "died (exit codes [0, -9])", "is saved; go on with", "--resume")
+    assert_one_line(done, "Counting-v0", "died (exit codes [0, -9])", "is saved; mend that, then go on with", "--resume")
     run_dir = only((tmp_path / "runs").iterdir())
     step = load(run_dir)["step"]
     again = cli(MAIN, "--resume", run_dir, "--total-timesteps", step + 20, cwd=tmp_path)

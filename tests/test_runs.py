@@ -170,7 +170,7 @@ def test_offline_only_reads(run, tmp_path):
 
 def test_a_broken_environment_costs_nothing(run):
     said = run("--fail", 17, "--total-timesteps", 30, code=1)
-    assert said == ("error: lost the ball; the state is saved; go on with: python fake_run.py --resume "
+    assert said == ("error: lost the ball; the state is saved; mend that, then go on with: python fake_run.py --resume "
                     f"{run.dir.relative_to(run.folder)}")
     assert (run.saved["step"], run.saved["ranks"][0]["replay"]["count"]) == (17, 17)
     assert "done" in run("--resume", run.dir, "--fail", 1000) and run.saved["step"] == 30
