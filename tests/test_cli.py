@@ -4,6 +4,7 @@ What needs no script, such as a damaged run directory, is in test_runs.py.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import play
+from common.cli import for_task
 from common.files import UserError
 from tests.command_lines import (MAIN, TIMING, assert_identical, assert_one_line, load, progress_of, run_dir_in,
                                  scalars, tiny_run)
@@ -393,3 +395,15 @@ def test_a_run_too_short_for_an_update_says_so(cli, tmp_path):
     done = cli(MAIN, *tiny_run(MAIN, ENV, 19), cwd=tmp_path)
     assert done.code == 0 and "--learning-starts" in done.out, str(done)
     assert progress_of(run_dir_in(tmp_path)) == (19, 0)
+
+
+@pytest.mark.parametrize("env_id, said", [
+    ("CartPole-v1", ()), (f"tests.{ENV}-v0", ("grayscale",)), ("ALE/Pong-v5", ("grayscale", "sticky"))])
+def test_the_start_says_what_the_kind_of_actions_sets_and_has_an_effect(env_id, said, capsys):
+    if "ALE" in env_id:
+        pytest.importorskip("ale_py")
+    module = importlib.import_module("dreamer_v2")
+    args = for_task(module.Args(env_id=env_id), module.TASKS)
+    line = capsys.readouterr().out
+    assert args.grayscale and args.sticky and line.startswith("discrete actions, so: deter 600")
+    assert [name for name in ("grayscale", "sticky") if name in line] == [*said]
