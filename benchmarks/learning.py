@@ -47,9 +47,9 @@ SETS |= {task: (task,) for tasks in [*SETS.values()] for task in tasks}
 BOXING = ("--env-id BoxingNoFrameskip-v4 --deter 512 --hidden 256 --units 256 --layers 2 "
           "--depth 16 --stoch 16 --classes 16 --batch-length 32 --train-ratio 448 --model-lr 2e-4 "
           "--actor-lr 6e-5 --critic-lr 6e-5 --total-timesteps 14400 --threads 2")
-V3_LAPTOP = {  # one preset for all of them; the pole alone has a flag of its own
+V3_LAPTOP = {  # one preset for all of them; poles have a flag of their own
     "cartpole": ("CartPole-v1 --action-repeat 2", 15_000), "pendulum": ("Pendulum-v1", 15_000),
-    "inverted_pendulum": ("InvertedPendulum-v5", 30_000),
+    "inverted_pendulum": ("InvertedPendulum-v5 --action-repeat 2", 15_000),
     "cartpole_pixels": ("CartPole-v1 --pixels", 10_000), "acrobot": ("Acrobot-v1", 10_000),
 }
 COMMANDS = {  # what a user types behind `python SCRIPT.py`
