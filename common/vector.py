@@ -166,11 +166,8 @@ class Envs:
     def _answering(self):
         """Makes an EnvError of an environment that hangs, and of a process that died."""
         try:
-            if self.num_envs > 1 or threading.current_thread() is not threading.main_thread():
+            with self._alarm() if self.num_envs == 1 else contextlib.nullcontext():
                 yield
-            else:
-                with self._alarm():
-                    yield
         except BaseException as error:
             self.close()  # also after Ctrl-C: what answers are on their way is not known
             if not isinstance(error, (multiprocessing.TimeoutError, EOFError, OSError)):
@@ -184,6 +181,11 @@ class Envs:
     @contextlib.contextmanager
     def _alarm(self):
         """Ends what the one environment in this process does (in Python) when it takes too long."""
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if not (is_main_thread and hasattr(signal, "SIGALRM")):  # no other thread gets signals
+            yield
+            return
+
         def ring(number, frame):
             raise EnvError(f"{self.config.env_id} gave no answer for {self._vector.limit:g} s")
 

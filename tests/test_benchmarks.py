@@ -108,3 +108,10 @@ def test_generated_tables_are_not_stale():
         shown = readme.partition(marks[0] + "\n")[2].partition("\n" + marks[1])[0]
         assert shown == table
     assert speed.table() in (ROOT / "benchmarks" / "results" / "speed.md").read_text()
+
+
+def test_every_result_of_the_table_was_made_by_the_command_above_it():
+    for script, task in ((script, task) for script in learning.COMMANDS for task in learning.COMMANDS[script]):
+        for path in learning.HERE.glob(f"results/learning_{script}_{task}_?.json"):
+            job = learning.Job(script, task, int(path.stem.rpartition("_")[2]))
+            assert json.loads(path.read_text())["command"] == f"python {script}.py {job.flags}"
