@@ -111,7 +111,8 @@ def test_generated_tables_are_not_stale():
 
 
 def test_every_result_of_the_table_was_made_by_the_command_above_it():
-    for script, task in ((script, task) for script in learning.COMMANDS for task in learning.COMMANDS[script]):
+    jobs = [(script, task) for script, tasks in learning.COMMANDS.items() for task in tasks]
+    for script, task in jobs:
         for path in learning.HERE.glob(f"results/learning_{script}_{task}_?.json"):
             job = learning.Job(script, task, int(path.stem.rpartition("_")[2]))
             assert json.loads(path.read_text())["command"] == f"python {script}.py {job.flags}"
