@@ -1,6 +1,6 @@
 """One command for the day a GPU is at hand: are the scripts right on it, how fast, do they run?
 
-    python benchmarks/gpu.py                                 all of it, in some eight minutes
+    python benchmarks/gpu.py                                 as much as fits in eight minutes
     python benchmarks/gpu.py --script v3 --minutes 5
     python benchmarks/gpu.py --peer-python VENV/bin/python   also sheeprl 0.8.4, see side_sheeprl.py
     python benchmarks/gpu.py --device cpu                    the same steps with tiny networks
@@ -10,6 +10,14 @@ float32's; host synchronisation inside an update; updates a second, memory and k
 environments; the peer; a real run that is killed, resumed, evaluated and made to dream. Every step
 is a process of its own: one that crashes or hangs costs itself alone. results/gpu_*.json is
 written after each step, so a run that is stopped leaves what it had.
+
+By estimate all steps take half an hour, most of it compiling. Where time is short, first what does not
+need the GPU alone, the three scripts at once with a folder each, then what is timed:
+
+    for v in v1 v2 v3; do mkdir -p out/$v; python benchmarks/gpu.py --script $v --minutes 5 \\
+        --results out/$v --only parity "losses dreamer_$v float32" "losses dreamer_$v bf16" \\
+        "losses dreamer_$v graph" synchronisation real_run & done; wait
+    python benchmarks/gpu.py --only "speed dreamer_v3 S" "speed dreamer_v2" "speed dreamer_v1" acting
 """
 
 import importlib
@@ -40,6 +48,7 @@ MODES = {  # of an update: what differs from float32
 SIZES = {"dreamer_v3": ("S", "XL"), "dreamer_v2": ("paper",), "dreamer_v1": ("paper",)}
 UPDATES = 5  # a CUDA graph is recorded in the fourth
 SLOWEST = 300.0  # seconds that a step may take
+SAID = 5000  # characters that are kept of what a failed step said
 
 
 @dataclass(frozen=True)
@@ -71,15 +80,16 @@ def parity(script: str, device: str, **_) -> dict:
     command = ["-m", "tests.parity", script[-2:], "--device", device, "--slack", "10"]
     done = subprocess.run([sys.executable, *command], cwd=HERE.parent, text=True, capture_output=True)
     lines = (done.stdout + done.stderr).splitlines()
+    total = [line for line in lines if " fixtures, " in line] or [f"exit status {done.returncode}"]
     kept = [line for line in lines if line.startswith("largest") or line.endswith("FAIL")]
-    return {"exit_status": done.returncode, "summary": lines[-1:], "lines": kept[:40]}
+    return {"exit_status": done.returncode, "summary": total, "lines": kept[:40]}
 
 
 def side(script: str, device: str, size: str, mode: str, tiny: bool) -> Ours:
     """An agent of ours with a batch, at the sizes of the authors' setting or at tiny ones."""
     flags = {"bf16": False, "compile": False} | MODES[mode]
     options = Speed(script=script, size=size, setting="tiny" if tiny else "size")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    importlib.import_module("common.devices").seed_everything(0, deterministic=True)  # as a run
     made = Ours({name: getattr(options, name) for name in (
         "script", "sizes", "horizon", "actions", "discrete", "channels")} | flags | {
         "threads": 1 if tiny else 0, "root": str(HERE.parent), "device": device})
@@ -90,8 +100,9 @@ def side(script: str, device: str, size: str, mode: str, tiny: bool) -> Ours:
 def losses(script: str, mode: str, **rest) -> dict:
     """Losses of the first updates: from one seed, and with a rule in the place of random draws.
 
-    Graphs and compiled code draw other numbers than plain code does from the same seed.
+    Compiled code draws other numbers than plain code does from the same seed; a graph does not.
     """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     module, found = importlib.import_module(script), {}
     for how in ("drawn", "by rule"):
         if how == "by rule":
@@ -105,6 +116,8 @@ def losses(script: str, mode: str, **rest) -> dict:
             metrics = ours.agent.train_step(ours.data, ours.carry)
             found[how].append({name: float(value) for name, value in metrics.items()
                                if name.startswith("loss/")})
+        if hasattr(ours.agent.learn, "free"):
+            ours.agent.learn.free()
     return found
 
 
@@ -124,7 +137,7 @@ def speed(script: str, mode: str, size: str, device: str, tiny: bool) -> dict:
     """Updates a second and peak memory; without a graph also kernels, and the host's share."""
     ours = side(script, device, size, mode, tiny)
     first = [ours.clock(ours.agent_step) for _ in range(UPDATES)]
-    count = 3 if tiny else max(10, min(200, int(8 / min(first))))
+    count = 3 if tiny else max(10, min(200, int(3 / min(first))))
     hosts = []
 
     def updates():
@@ -147,7 +160,8 @@ def kernels(ours: Ours, device: str) -> dict:
         ours.agent_step()
         ours.wait()
     kind = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
-    events = [event for event in profile.events() if event.device_type == kind]
+    events = [event for event in profile.events()
+              if event.device_type == kind and not getattr(event, "is_user_annotation", False)]
     total: dict[str, list[float]] = {}
     for event in events:
         time_us = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
@@ -203,21 +217,22 @@ def real_run(script: str, device: str, tiny: bool, **_) -> dict:
     else:
         flags += ["--cuda-graph"]
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
         command = [sys.executable, str(HERE.parent / f"{script}.py")]
 
         def call(*more: str) -> dict:
-            done = subprocess.run([*command, *more], cwd=folder, env=environment, text=True,
-                                  capture_output=True)
-            return {"exit_status": done.returncode, "said": (done.stdout + done.stderr)[-600:]}
+            done = subprocess.run([*command, *more], cwd=folder, text=True, capture_output=True)
+            return {"exit_status": done.returncode, "said": (done.stdout + done.stderr)[-SAID:]}
 
-        first = subprocess.Popen([*command, "--env-id", "MsPacmanNoFrameskip-v4", *flags], cwd=folder,
-                                 env=environment, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.DEVNULL)
         rows = Path(folder)
+        with open(rows / "said", "w") as said:
+            first = subprocess.Popen([*command, "--env-id", "MsPacmanNoFrameskip-v4", *flags],
+                                     cwd=folder, stdout=said, stderr=subprocess.STDOUT)
         while first.poll() is None and not any(
                 np.load(path)[1] > 100 for path in rows.glob("runs/*/replay/rows.npy")):
             time.sleep(0.1)
+        if first.poll() is not None:
+            return {"error": f"exit status {first.returncode} before it was killed",
+                    "said": (rows / "said").read_text()[-SAID:]}
         first.send_signal(signal.SIGKILL)
         first.wait()
         run_dir = next(rows.glob("runs/*"))
@@ -260,10 +275,7 @@ def plan(options: Options) -> dict[str, tuple[str, dict]]:
                 steps[f"synchronisation {script}"] = "synchronisation", dict(
                     script=script, mode="bf16", size=size) | common
         for script in scripts:
-            for size in SIZES[script][:1 if tiny else None]:
-                for mode in chosen:
-                    steps[f"speed {script} {size} {mode}"] = "speed", dict(
-                        script=script, mode=mode, size=size) | common
+            steps |= speeds(script, SIZES[script][:1], chosen, common)
         for script in scripts if chosen is quick else ():
             steps[f"real_run {script}"] = "real_run", dict(script=script) | common
             steps[f"acting {script}"] = "acting", dict(
@@ -271,8 +283,16 @@ def plan(options: Options) -> dict[str, tuple[str, dict]]:
             if options.peer_python:
                 steps[f"peer {script}"] = "peer", dict(
                     script=script, peer_python=options.peer_python) | common
+    for script in scripts if not tiny else ():
+        steps |= speeds(script, SIZES[script][1:], modes, common)
     return {name: step for name, step in steps.items()
             if not options.only or name.startswith(options.only)}
+
+
+def speeds(script: str, sizes: tuple[str, ...], modes: list[str], common: dict) -> dict:
+    """The steps that time an update."""
+    return {f"speed {script} {size} {mode}": ("speed", dict(script=script, mode=mode, size=size) | common)
+            for size in sizes for mode in modes}
 
 
 def carry_out(function: str, arguments: dict, seconds: float) -> dict:
@@ -286,14 +306,16 @@ def carry_out(function: str, arguments: dict, seconds: float) -> dict:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 said, _ = process.communicate()
-                return {"error": f"took more than {seconds:.0f} s", "said": said[-1500:]}
+                return {"error": f"took more than {seconds:.0f} s", "said": said[-SAID:]}
         text = answer.read()
     return json.loads(text) if text else {"error": f"exit status {process.returncode}",
-                                          "said": said[-1500:]}
+                                          "said": said[-SAID:]}
 
 
 def difference(first: dict[str, float], other: dict[str, float]) -> float:
-    """The largest relative difference of a loss; those near 0 count against 1."""
+    """The largest relative difference of a loss; those near 0 count against 1; NaN is infinite."""
+    if not all(map(math.isfinite, [*first.values(), *other.values()])):
+        return math.inf
     return max(abs(other[name] - value) / max(1.0, abs(value)) for name, value in first.items())
 
 
@@ -307,14 +329,13 @@ def summary(steps: dict[str, dict]) -> str:
         elif name.startswith("parity"):
             lines.append(f"{name}: {' '.join(found['summary'])}")
         elif name.startswith("losses"):
-            is_plain = name.split()[-1] in ("float32", "bf16")
-            how, base = ("drawn", "float32") if is_plain else (
-                "by rule", "bf16" if "bf16" in name else "float32")
+            how = "by rule" if "compiled" in name else "drawn"
+            base = "bf16" if "bf16 " in name else "float32"
             plain = steps.get(f"losses {script} {base}", {}).get(how)
             if plain and not name.endswith(" float32"):
                 worst = [difference(*pair) for pair in zip(plain, found[how])]
                 lines.append(f"{name}: differs from {base} by {worst[0]:.2e} in the first update, "
-                             f"by {worst[-1]:.2e} in number {UPDATES} ({how})")
+                             f"by {max(worst):.2e} at most in {UPDATES} ({how})")
         elif name.startswith("synchronisation"):
             lines.append(f"{name}: none")
         elif name.startswith("acting"):
@@ -339,7 +360,8 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: there is no CUDA device; --device cpu tries the steps at tiny sizes.")
     begin, dirty = time.time(), "-dirty" if git("status", "--porcelain", "-uno") else ""
-    record = {"gpu": machine(), "commit": git("rev-parse", "HEAD") + dirty, "steps": {},
+    record = {"gpu": machine(), "commit": (git("rev-parse", "HEAD") or os.environ.get("COMMIT", "")) + dirty,
+              "steps": {},
               "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(begin))}
     if torch.cuda.is_available():
         record["gpu"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),

@@ -259,9 +259,11 @@ def environments(side: Process) -> list[dict]:
 
 # ----------------------------------------------------------------------------------------- results
 def git(*command: str) -> str:
-    """Output of a git command in this repository."""
-    done = subprocess.run(["git", *command], cwd=HERE, text=True, capture_output=True)
-    return done.stdout.strip()
+    """Output of a git command in this repository; nothing where there is no git."""
+    try:
+        return subprocess.run(["git", *command], cwd=HERE, text=True, capture_output=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def machine() -> dict:

@@ -1,9 +1,11 @@
 """Processors and processes: random numbers, batches for the device, CUDA graphs, several ranks."""
 
 import ctypes
+import gc
 import inspect
 import os
 import random
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -20,6 +22,7 @@ def prepare_torch(cuda: bool, threads: int) -> str:
     """Set the number of CPU threads (0: as it is); returns the kind of device to work on."""
     if threads:
         torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", ".*capturable=True")  # the optimisers are, graph or not
     return "cuda" if cuda and torch.cuda.is_available() else "cpu"
 
 
@@ -205,6 +208,9 @@ def compile_methods(*methods) -> None:
 
     Compiled once for every shape that occurs (acting, training, video), not once for all shapes.
     """
+    import torch._dynamo
+    import torch._functorch.config  # not loaded by torch alone
+
     torch._functorch.config.donated_buffer = False  # two losses share one backward graph
     torch._dynamo.config.recompile_limit = 64  # every layer is a variant of the same code
     for method in methods:
@@ -231,8 +237,13 @@ class CudaGraph:
         if self.graph is None:
             self.inputs = type(batch)(*(None if x is None else x.clone() for x in batch))
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, and runs nothing
-                self.outputs = self.function(self.inputs, *constants)
+            gc.collect()  # what is freed while it records, such as an older graph, would spoil it
+            gc.disable()
+            try:
+                with torch.cuda.graph(self.graph):  # records, and runs nothing
+                    self.outputs = self.function(self.inputs, *constants)
+            finally:
+                gc.enable()
         for target, source in zip(self.inputs, batch):
             if target is not None:
                 target.copy_(source)

@@ -2,10 +2,13 @@
 
 import functools
 import importlib
+import subprocess
+import sys
 
 import dreamer_v3
 import pytest
 import torch
+from conftest import ROOT
 
 from tests.tiny import tiny_args, tiny_batch, tiny_spec
 
@@ -52,3 +55,12 @@ def test_first_losses_with_compile(monkeypatch):
     fast = first_losses(dreamer_v3, False, **sizes, compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 6
     assert fast == pytest.approx(plain, rel=1e-4) and len(plain) >= 7
+
+
+def test_compiling_loads_what_it_configures():
+    """In a process that has imported nothing else: V1 and V2 make no optimiser of torch's own."""
+    code = ("from common.devices import compile_methods\nimport types\nowner = types.SimpleNamespace()\n"
+            "class Layer:\n    def forward(self): pass\nlayer = Layer()\n"
+            "compile_methods(layer.forward)\nassert 'forward' in vars(layer)\nprint('fine')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout == "fine\n", done.stderr
