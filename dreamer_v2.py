@@ -615,7 +615,7 @@ class Encoder(nn.Module):
             widths = [spec.image_shape[-1], *(args.depth * i for i in (1, 2, 4, 8))]
             for inputs, outputs in zip(widths, widths[1:]):  # 64 -> 31 -> 14 -> 6 -> 2 pixels
                 conv = init_output(nn.Conv2d(inputs, outputs, 4, stride=2))
-                self.cnn.extend([conv, nn.ELU()])  # [V2-8]
+                self.cnn.extend([conv, nn.ELU(inplace=True)])  # [V2-8]
             self.embed_dim += 2 * 2 * widths[-1]
         if spec.vector_dim:
             self.mlp = MLP(spec.vector_dim, args.mlp_units, args.mlp_layers)
@@ -644,7 +644,7 @@ class Decoder(nn.Module):
             for inputs, outputs, size in zip(widths, widths[1:], (5, 5, 6, 6)):  # 5, 13, 30, 64
                 kind = nn.ConvTranspose2d if len(self.cnn) else PixelToGrid
                 conv = init_output(kind(inputs, outputs, size, stride=2))
-                self.cnn.extend([conv, nn.ELU()])  # [V2-8]
+                self.cnn.extend([conv, nn.ELU(inplace=True)])  # [V2-8]
             del self.cnn[-1]  # the last layer is linear
             self.cnn_in = Linear(feat_dim, self.start**2 * widths[0])
         if spec.vector_dim:

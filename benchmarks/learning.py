@@ -270,7 +270,7 @@ def table() -> str:
         for task, flags in tasks.items():
             if task not in SETS["laptop"]:
                 continue
-            paths = sorted(HERE.glob(f"results/learning_{script}_{task}_*.json"))
+            paths = sorted(HERE.glob(f"results/learning_{script}_{task}_[0-9]*.json"))
             found = {path.stem.split("_")[-1]: json.loads(path.read_text()) for path in paths}
             commands.append(f"    python {script}.py {flags}")
             if found:

@@ -355,7 +355,7 @@ def latest_records() -> list[dict]:
     for record in sorted((r for r in records if "kind" in r), key=lambda r: r["date"]):
         options = record["options"] = {"script": "dreamer_v3"} | record["options"]
         keys = ("script", "setting", "size", "threads", "compile", "amp")
-        if not options.get("old"):
+        if options.get("peer") or not options.get("old"):
             latest[(record["kind"], place(record), *(options.get(k) for k in keys))] = record
     return [latest[key] for key in sorted(latest, key=str)]
 
