@@ -435,7 +435,9 @@ def test_graceful_exit(number, twice):
 
 def test_interrupt_during_the_imports_is_one_line():
     code = "import common, os, signal, time\nprint('ready', flush=True)\ntime.sleep(30)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+    with subprocess.Popen(  # a job in the background of a script may have been told to ignore Ctrl-C
+            [sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.communicate()[1] == "\ninterrupted\n"
