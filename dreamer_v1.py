@@ -450,15 +450,6 @@ def init_output(layer: nn.Module) -> nn.Module:
     return layer
 
 
-class PixelToGrid(nn.ConvTranspose2d):
-    """Transposed convolution of a single pixel: one matrix product, which is much faster."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, c, 1, 1) -> (n, outputs, size, size), channels-last in memory."""
-        grid = x.flatten(1) @ self.weight.permute(0, 2, 3, 1).flatten(1)
-        return (grid.unflatten(1, (*self.kernel_size, -1)) + self.bias).permute(0, 3, 1, 2)
-
-
 class Linear(nn.Linear):
     """Linear layer with our initialisation."""
 
@@ -472,7 +463,7 @@ class Dense(Linear):
 
     def activate(self, x: Tensor) -> Tensor:
         """What follows the product (..., outputs)."""
-        return F.elu(x)
+        return F.elu(x, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
@@ -560,6 +551,29 @@ class Encoder(nn.Module):
         return torch.cat(parts, -1)
 
 
+class PixelToGrid(nn.ConvTranspose2d):
+    """Transposed convolution of a single pixel: one matrix product, which is much faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, 1, 1) -> (n, outputs, size, size), channels-last in memory."""
+        grid = x.flatten(1) @ self.weight.permute(0, 2, 3, 1).flatten(1)
+        return (grid.unflatten(1, (*self.kernel_size, -1)) + self.bias).permute(0, 3, 1, 2)
+
+
+class GridToPixels(nn.ConvTranspose2d):
+    """Transposed convolution of stride 2 by a plain one, faster where the outputs are few."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, s, s) -> (n, outputs, 2 s + size - 2, the same), channels-last in memory."""
+        # Of 6 x 6 weights every second row and column meets a given pixel: four kernels of 3 x 3
+        # give the four pixels of each 2 x 2 block, as channels.
+        half = self.kernel_size[0] // 2
+        weight = self.weight.unflatten(3, (half, 2)).unflatten(2, (half, 2)).flip(2, 4)
+        weight = weight.permute(1, 3, 5, 0, 2, 4).flatten(0, 2)  # (4 outputs, c, half, half)
+        bias = self.bias.repeat_interleave(4)
+        return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=half - 1), 2)
+
+
 class Decoder(nn.Module):
     """Feature -> image and/or vector."""
 
@@ -568,9 +582,9 @@ class Decoder(nn.Module):
         if spec.image_shape:
             self.cnn, self.start = nn.Sequential(), 1  # from 1 x 1 pixel
             widths = [*(args.depth * i for i in (32, 4, 2, 1)), spec.image_shape[-1]]
-            for inputs, outputs, size in zip(widths, widths[1:], (5, 5, 6, 6)):  # 5, 13, 30, 64
-                kind = nn.ConvTranspose2d if len(self.cnn) else PixelToGrid
-                conv = init_output(kind(inputs, outputs, size, stride=2))
+            kinds = (PixelToGrid, nn.ConvTranspose2d, nn.ConvTranspose2d, GridToPixels)
+            for kind, inputs, outputs, size in zip(kinds, widths, widths[1:], (5, 5, 6, 6)):
+                conv = init_output(kind(inputs, outputs, size, stride=2))  # 5, 13, 30, 64 pixels
                 self.cnn.extend([conv, nn.ReLU()])
             del self.cnn[-1]  # the last layer is linear
             self.cnn_in = Linear(feat_dim, self.start**2 * widths[0])

@@ -453,13 +453,13 @@ class Bernoulli:
         """Probability of 1 (...)."""
         return self.logit.sigmoid()
 
-    def mode(self) -> Tensor:
-        """1 where the flag is more likely than not, else 0 (...), without gradient. [V3-7]"""
-        return (self.logit > 0).float()
-
     def log_prob(self, flag: Tensor) -> Tensor:
         """Log-probability (...) of `flag` (...), or cross-entropy where it is a probability."""
         return -F.binary_cross_entropy_with_logits(self.logit, flag, reduction="none")
+
+    def mode(self) -> Tensor:
+        """1 where the flag is more likely than not, else 0 (...), without gradient. [V3-7]"""
+        return (self.logit > 0).float()
 
 
 class TwoHot:

@@ -8,8 +8,8 @@
 Every run is the command that a user types, in a process of its own, on a copy of the
 code as it is at the start. Its result is kept whatever it is, in results/learning_*.json, with the
 learning curve beside it as CSV. Start it again after a break: what this code has done already is
-left out. A run that its time limit stops is evaluated all the same; the table says so, and it
-is run anew the next time.
+left out, and a run that was stopped, by its time limit or by a KILL, goes on where it was. One
+that its limit stopped is evaluated all the same; the table says so.
 """
 
 import csv
@@ -22,7 +22,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Literal
 import tyro
 from speed import HERE, git, machine, switch, write_between
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 TARGETS = {  # mean return of the evaluation
     "dreamer_v3": {"cartpole": 450, "pendulum": -250, "inverted_pendulum": 900},
@@ -171,14 +171,15 @@ class Job:
                 and found["command"] == f"python {self.script}.py {self.flags}")
 
 
-def call(code: Code, script: str, flags: str, log: Path, limit: float) -> tuple[str, bool]:
-    """Output of one command of a script, and whether it was stopped after `limit` seconds."""
+def call(code: Code, script: str, flags: str, log: Path, limit: float,
+         mode: str = "w") -> tuple[str, bool]:
+    """Output of one command of a script, and whether it was stopped after `limit` minutes."""
     command = [sys.executable, str(code.folder / f"{script}.py"), *shlex.split(flags)]
-    with open(log, "w") as file:
+    with open(log, mode) as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:
-            process.wait(limit)
+            process.wait(60 * limit)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # it saves its state and ends
             process.wait(PATIENCE)
@@ -191,31 +192,39 @@ def call(code: Code, script: str, flags: str, log: Path, limit: float) -> tuple[
 
 
 def run(job: Job, options: Options, code: Code) -> dict:
-    """Train and evaluate; write the result and the curve."""
-    folder, start = Path(options.runs_dir).resolve(), time.perf_counter()
-    output, stopped = call(code, job.script, f"{job.flags} --runs-dir {folder}",
-                           folder / f"{job.name}.log", 60 * options.limit)
-    minutes = (time.perf_counter() - start) / 60
-    run_dir = Path(re.search(r"run directory: (.*)", output)[1])
+    """Train, or go on with training, and evaluate; write the result and the curve."""
+    folder = Path(options.runs_dir).resolve()
+    key = hashlib.sha256(f"{code.digest_of(job.script)} {job.flags}".encode()).hexdigest()[:12]
+    log = folder / f"{job.name}_{key}.log"
+    begun = run_directory(log)
+    _, stopped = call(code, job.script, f"--resume {begun}" if begun else
+                      f"{job.flags} --runs-dir {folder}", log, options.limit, "a")
+    run_dir = run_directory(log)
     greedy = switch(code.folder / f"{job.script}.py", "eval-greedy", True)
     evaluation, _ = call(
         code, job.script, f"--evaluate {run_dir} --eval-episodes {options.episodes} {greedy}"
         + " --eval-env-seed 5 10 200 5000 77" * (job.task == "carracing"),  # the track, four others
-        folder / f"{job.name}_evaluation.log", 60 * options.limit)
+        folder / f"{job.name}_evaluation.log", options.limit)
     returns = [float(value) for value in re.findall(r"return (\S+),", evaluation)]
     timesteps, updates = progress(run_dir)
     total = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
     if timesteps < total and not stopped:
         raise RuntimeError(f"interrupted after {timesteps} of {total} timesteps")
+    seconds = write_curve(run_dir, job.result.with_suffix(".csv"))
     record = {"command": f"python {job.script}.py {job.flags}", "commit": code.commit,
               "code": code.digest_of(job.script), "machine": machine(), "note": options.note,
               "parallel": options.parallel, "target": TARGETS[job.script].get(job.task),
-              "stopped_by_limit": stopped, "minutes": round(minutes, 1), "timesteps": timesteps,
-              "updates": updates, "mean": statistics.mean(returns), "worst": min(returns),
-              "best": max(returns), "returns": returns}
+              "stopped_by_limit": stopped, "minutes": round(seconds / 60, 1),
+              "timesteps": timesteps, "updates": updates, "mean": statistics.mean(returns),
+              "worst": min(returns), "best": max(returns), "returns": returns}
     job.result.write_text(json.dumps(record, indent=1) + "\n")
-    write_curve(run_dir, job.result.with_suffix(".csv"))
     return record
+
+
+def run_directory(log: Path) -> Path | None:
+    """The one that the output of a run names, if there is something to resume in it."""
+    found = log.exists() and re.search(r"run directory: (.*)", log.read_text())
+    return Path(found[1]) if found and Path(found[1], "checkpoint.pt").exists() else None
 
 
 def progress(run_dir: Path) -> tuple[int, int]:
@@ -225,15 +234,25 @@ def progress(run_dir: Path) -> tuple[int, int]:
     return saved["step"], saved["updates"]
 
 
-def write_curve(run_dir: Path, path: Path) -> None:
-    """The return of every training episode."""
+def write_curve(run_dir: Path, path: Path) -> float:
+    """A row for each training episode; returns the seconds of the run, without its breaks."""
+    spans = []  # from the first to the last event of each process
+    for file in sorted(run_dir.glob("events.out.tfevents.*")):
+        times = [event.wall_time for event in EventFileLoader(str(file)).Load()]
+        spans.append((times[0], times[-1]))
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    repeat = json.loads((run_dir / "args.json").read_text())["args"]["action_repeat"]
+    tags = [f"charts/{name}" for name in ("episodic_return", "episodic_length", "updates")]
+    is_any = tags[0] in events.Tags()["scalars"]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["timesteps", "return"])
-        if "charts/episodic_return" in events.Tags()["scalars"]:
-            writer.writerows((event.step, f"{event.value:g}")
-                             for event in events.Scalars("charts/episodic_return"))
+        writer.writerow(["timesteps", "frames", "return", "length", "updates", "seconds"])
+        for point, length, updates in zip(*map(events.Scalars, tags)) if is_any else ():
+            passed = sum(min(max(point.wall_time - first, 0), last - first)
+                         for first, last in spans)
+            writer.writerow([point.step, point.step * repeat, f"{point.value:g}",
+                             int(length.value), int(updates.value), round(passed, 1)])
+    return sum(last - first for first, last in spans)
 
 
 def attempt(job: Job, options: Options, code: Code) -> bool:

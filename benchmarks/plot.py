@@ -10,7 +10,6 @@ tasks: mean over the seeds, and from the least to the greatest of them.
 
 import csv
 import json
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -52,13 +51,9 @@ def draw_published(axes: plt.Axes, task: str | None) -> None:
 
 
 def kept_curve(path: Path) -> Curve:
-    """A run of learning.py; one decision of its agent may be several frames."""
-    command = json.loads(path.with_suffix(".json").read_text())["command"]
-    repeat = re.search(r"--action-repeat (\d+)", command)
-    repeat = int(repeat[1]) if repeat else 4 if "NoFrameskip" in command else 1
+    """Frames and returns of a run of learning.py."""
     with open(path) as file:
-        return [(int(row["timesteps"]) * repeat, float(row["return"]))
-                for row in csv.DictReader(file)]
+        return [(int(row["frames"]), float(row["return"])) for row in csv.DictReader(file)]
 
 
 def mean_and_range(curves: list[Curve], points: int = 60) -> tuple[np.ndarray, np.ndarray]:

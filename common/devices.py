@@ -64,7 +64,7 @@ def keep_freed_memory() -> None:
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: take blocks below 1 GiB from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: do not shrink the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def use_bf16(amp: str, device: torch.device, wide_enough: bool) -> bool:

@@ -65,5 +65,6 @@ def reason(config, error: BaseException, is_atari: bool) -> str:
 
 
 def entry_point(env_id: str) -> str:
+    """`module:class` of a registered environment, or nothing."""
     spec = gym.registry.get(env_id.rpartition(":")[2])
     return str(spec.entry_point) if spec else ""

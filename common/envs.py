@@ -38,7 +38,6 @@ NUMBERS = spaces.Box, spaces.Discrete, *COMBINED
 COLOURS, MAX_CHANNELS = (1, 3, 4), 16  # a grey, an RGB or an RGBA picture; a stack of several
 
 
-
 @dataclass(frozen=True)
 class EnvConfig:
     """All that it takes to build an environment, in this process or in another (picklable)."""

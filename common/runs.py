@@ -200,7 +200,8 @@ class Run:
             self.episodes += 1
             self.returns.append(float(obs.episode_return[env]))
             self.logger.scalars({"charts/episodic_return": self.returns[-1],
-                                 "charts/episodic_length": obs.episode_length[env]}, self.step)
+                                 "charts/episodic_length": obs.episode_length[env],
+                                 "charts/updates": agent.updates}, self.step)
         if self.device.type == "cpu":  # on a GPU, to look would be to wait for the update
             to_numbers(metrics, agent.updates)
         if self.films:

@@ -23,8 +23,8 @@ HUNKS, LINES = 60, 700  # of `git diff --no-index -U0`: at most, and changed lin
 # Versions -> what is byte-identical in them. Of a class that differs: its methods that do not.
 SAME = {
     "12": """
-        Args.env_config Normal OneHot.__init__ Bernoulli init_output PixelToGrid Dense
-        Encoder.forward RSSM.initial_state RSSM.action_in WorldModel.reward Critic.forward
+        Args.env_config Normal OneHot.__init__ Bernoulli init_output Dense Encoder.forward
+        PixelToGrid GridToPixels RSSM.initial_state RSSM.action_in WorldModel.reward Critic.forward
         critic_loss Optimizer.state_dict Optimizer.load_state_dict open_loop main""".split(),
     "123": """
         Args.__post_init__ Args.capacity Batch ReplayBuffer to_batch previous_actions draw_classes

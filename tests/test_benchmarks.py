@@ -1,11 +1,13 @@
 """The benchmarks fit the scripts: their flags, their sizes, and the tables made of results."""
 
 import importlib
+import itertools
 import json
 import re
 import sys
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from tests.conftest import ROOT, SCRIPTS
 
@@ -54,6 +56,31 @@ def test_a_row_of_learning_names_seeds_that_the_limit_stopped():
              "2": {"mean": 99.5, "worst": 9.0, "minutes": 8.9, "commit": "a" * 40, "stopped_by_limit": True}}
     assert learning.row("dreamer_v1", "cartpole", found) == (
         f"| dreamer_v1 | cartpole | 1: 500.0, 2: 99.5 (stopped early) | 400 | 9 | 3 to 9 | {'a' * 9} |")
+
+
+def test_the_curve_of_a_resumed_run_leaves_the_break_out(tmp_path, monkeypatch):
+    clock = iter(())
+    monkeypatch.setattr("time.time", lambda: next(clock))
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"action_repeat": 4}}))
+    assert learning.run_directory(tmp_path / "no_log") is None
+    log = tmp_path / "log"
+    log.write_text(f"run directory: {tmp_path}\nenvironment: ...")
+    assert learning.run_directory(log) is None  # nothing was saved yet
+    (tmp_path / "checkpoint.pt").touch()
+    assert learning.run_directory(log) == tmp_path
+    for start, steps, first in ((100.0, (10, 20), True), (500.0, (20, 30), False)):
+        clock = itertools.repeat(start)  # the killed process had logged step 20, the next one does it again
+        writer = SummaryWriter(str(tmp_path), purge_step=None if first else 11)
+        for step in steps:
+            clock = itertools.repeat(start + step)
+            for name, value in (("episodic_return", -step), ("episodic_length", 5), ("updates", 2 * step)):
+                writer.add_scalar(f"charts/{name}", value, step)
+        writer.close()
+    seconds = learning.write_curve(tmp_path, tmp_path / "curve.csv")
+    assert (tmp_path / "curve.csv").read_text().splitlines() == [
+        "timesteps,frames,return,length,updates,seconds", "10,40,-10,5,20,10.0", "20,80,-20,5,40,40.0",
+        "30,120,-30,5,60,50.0"]
+    assert seconds == 50.0
 
 
 # ---- gpu.py --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 
+import dreamer_v2
 import dreamer_v3
 import pytest
 import torch
@@ -28,6 +29,23 @@ def first_losses(module, image: bool, **flags) -> dict[str, float]:
     agent = module.Agent(tiny_args(module, image, **flags), spec, torch.device("cpu"))
     metrics = agent.train_step(tiny_batch(module, agent), agent.zero_state(agent.args.batch_size))
     return {name: float(value) for name, value in metrics.items() if name.startswith("loss/")}
+
+
+@pytest.mark.parametrize("kind, pixels, outputs, size", [
+    ("PixelToGrid", 1, 6, 5), ("GridToPixels", 7, 1, 6), ("GridToPixels", 4, 3, 4)])
+def test_transposed_convolutions_are_torchs(kind, pixels, outputs, size):
+    """V1's and V2's own forms of it: the same result and the same gradients."""
+    rng = torch.Generator().manual_seed(1)
+    ours = getattr(dreamer_v2, kind)(4, outputs, size, stride=2)
+    torchs = torch.nn.ConvTranspose2d(4, outputs, size, stride=2)
+    torchs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 4, pixels, pixels, generator=rng, requires_grad=True)
+    weight = torch.randn(3, outputs, *[2 * pixels + size - 2] * 2, generator=rng)
+    found, known = ([y, *torch.autograd.grad((weight * y).sum(), [x, *layer.parameters()])]
+                    for layer in (ours, torchs) for y in [layer(x)])
+    for a, b in zip(found, known, strict=True):
+        assert b.abs().max().item() > 0.1
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_first_losses_with_bf16(module):
