@@ -19,8 +19,7 @@ class Ours(Side):
         sys.path[:0] = [setting["root"]]
         self.script = script = importlib.import_module(setting["script"])
         self.is_old = "horizon" in {field.name for field in fields(script.Args)}
-        helpers = importlib.import_module("common.runs" if self.is_old else "common.devices")
-        helpers.keep_freed_memory()  # as `train` does
+        self.helpers = importlib.import_module("common.runs" if self.is_old else "common.devices")
         shape = (64, 64, setting["channels"])
         self.spec = script.EnvSpec(shape, 0, setting["actions"], setting["discrete"])
         self.agent = script.Agent(self.make_args(), self.spec, self.device)
@@ -48,6 +47,7 @@ class Ours(Side):
     def agent_step(self) -> None:
         """One update."""
         self.agent.train_step(self.data, self.carry)
+        self.helpers.keep_freed_memory()  # as `train` does after the first one
 
     def parameters(self) -> dict:
         """Trained parameters; the slow critic is a copy."""

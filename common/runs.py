@@ -76,9 +76,8 @@ class Run:
         self.step = self.began = self.before = self.saved["step"] if self.saved else 0
         self.seed = args.seed + 1_000 * self.rank + 1_000_000 * self.step
         seed_everything(args.seed, args.torch_deterministic)
-        keep_freed_memory()
         self.stop, self.exit, self.error = GracefulExit(), ExitStack(), None
-        self.metrics, self.filmed, self.started = {}, 0, False
+        self.metrics, self.filmed, self.started, self.is_warm = {}, 0, False, False
         self.parent = os.getppid()
 
     def __enter__(self):
@@ -196,6 +195,9 @@ class Run:
     def log_and_save(self, obs, metrics: dict) -> None:
         """What is due after the updates of a turn of the main loop; `obs` is what was acted on."""
         args, agent, self.metrics = self.args, self.agent, metrics
+        if metrics and not self.is_warm:  # the first update of this process is done
+            keep_freed_memory()
+            self.is_warm = True
         for env in np.flatnonzero(obs.is_last):
             self.episodes += 1
             self.returns.append(float(obs.episode_return[env]))
