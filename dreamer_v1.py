@@ -45,18 +45,18 @@ Time alignment. A row of the replay buffer holds what is known when the action i
                 critic    [v_1 ... v_{H-1}]   v_H only bootstraps
                 rewards   r_1 ... r_{H-1}  and discounts  d_1 ... d_{H-1}  from the states 1 ... H-1
                 actor     [a_0 ... a_{H-1}]   by the gradient of V_1 ... V_{H-1}; s_0 is left out
-                weights   w_t = d_1 ... d_{t-1}
+                weights   w_t = d_1 ... d_{t-1}     (with --pcont times 1 - is_terminal of s_0)
                 target    V_t = r_t + d_t ((1 - lambda) v_{t+1} + lambda V_{t+1}),     V_H = v_H
 
 Symbols (paper -> code), and the sizes that the shape comments name, time-major
     o_t  image, vector (x_t here)       s_t  feat = [deter, stoch] (h_t, z_t here)
     a_t  action           r_t  reward           V_lambda  ret (V_t here)       v_t  value
     gamma  args.gamma     lambda  args.return_lambda        beta  args.kl_scale
-    p, q  the paper's posterior and prior: here post_* and prior_*, written q(z|h,x) and p(z|h) as
+    p, q  the paper's posterior and prior: here `post` and `prior`, written q(z|h,x) and p(z|h) as
           in the later papers
     Dimension key
     T  replay time, 50     B  batch, 50     N = T * B  imagination starts, 2500         (control)
-    (with --pcont N = (T - 1) * B)
+    (with --pcont N = (T - 1) * B; Atari: H 10, N 2450, A 9)
     H  imagination horizon, 15     H1  H + 1     G  H - 1     A  action, 6     P  environments, 1
     E  embedding, 1024     D  deterministic state, 200     Z  stochastic state, 30
     F = D + Z  feature, 230     U  hidden units, 200     V  vector observation
@@ -72,9 +72,9 @@ From the paper:
     [V1-3]  lambda-returns, which end in the critic's value, look beyond the horizon.
     [V1-4]  where ends are predicted, they are discounts: an imagined episode fades out.
     [V1-5]  each term is weighted by the discounts before it. Without it the end of an imagined
-            trajectory counts as much as its start, though it may never be reached. (By gamma^t
-            where no end is predicted: authors' code.)
-    [V1-6]  noise on the actions while data is collected: normal, or another action at random.
+            trajectory counts as much as its start, though it may never be reached. (By
+            gamma^(t-1) where no end is predicted: authors' code.)
+    [V1-6]  noise on the actions while data is collected: normal, or a random action.
     [V1-7]  free nats: while the batch's mean KL is below them, it has no gradient. (The mean, not
             each KL: authors' code, and so are 400 units, paper: 300, and 2 to 4 layers, paper: 3.)
 
@@ -93,12 +93,12 @@ Deviation (from the authors' code, danijar/dreamer 56d4d44)
     * Updates are spread over the timesteps (theirs: 100 at once, every 1,000 frames). Our counts
       are timesteps, theirs frames: the same at an action repeat of 2.
     * Discrete actions take the paper's setting without asking (TASKS), with exploration drawn for
-      each environment; theirs adds a normal number and predicts no end, unless told otherwise.
+      each environment; theirs adds normal noise and predicts no end, unless told otherwise.
       The chance of a random action is halved every 200,000 frames, which is the form of their code
       (paper: from 0.4 to 0.1, linearly, over the first 200,000 updates).
-    * With --pcont starts that are terminal have weight zero: in their windows there is none.
-    * Images are resized by area (theirs: bilinear); charts/episodic_return is that of training,
-      with its noise (theirs: also of test episodes).
+    * With --pcont starts that are terminal have weight zero; their windows hold no terminal state.
+    * Images are resized by area (theirs: bilinear); `--clip-rewards clip` is ours;
+      charts/episodic_return is that of training, with its noise (theirs: also of test episodes).
     * Random and other episodes are not played to their end before training goes on.
     * Evaluation takes tanh(mean), theirs the best of 100 samples.
     * The action repeat is 1 (Atari: 4) unless asked for, theirs is 2; no time limit of 1,000 frames
@@ -226,7 +226,7 @@ class Args(RunArgs):
     def check(self) -> None:
         """Raise `UserError`, one line, for a value that cannot work."""
         check_numbers(self, may_be_zero={
-            "learning_starts", "return_lambda", "kl_scale", "free_nats", "pcont_scale",
+            "learning_starts", "pretrain", "return_lambda", "kl_scale", "free_nats", "pcont_scale",
             "expl_amount", "expl_decay", "expl_min", "sticky"}, shares={
             "sticky": 1, "gamma": 1, "return_lambda": 1})
         if (self.imag_horizon or 2) < 2:
@@ -343,17 +343,17 @@ def draw_noise(mean: Tensor) -> Tensor:
 class Normal:
     """Normal distribution of numbers, each for itself and with variance 1."""
 
-    def __init__(self, center: Tensor):
-        """`center` (...), their means."""
-        self.center = center
+    def __init__(self, loc: Tensor):
+        """`loc` (...), their means."""
+        self.loc = loc
 
     def mean(self) -> Tensor:
         """Means (...)."""
-        return self.center
+        return self.loc
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-densities (...) of `value` (...)."""
-        squared = F.mse_loss(self.center, value, reduction="none")
+        squared = F.mse_loss(self.loc, value, reduction="none")
         # In place, for of images these are hundreds of MB.
         return squared.mul_(-0.5).sub_(0.5 * math.log(2 * math.pi))
 
@@ -382,6 +382,18 @@ class Gaussian:
         return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
+class TanhNormal(Gaussian):
+    """tanh of a diagonal normal, for continuous actions."""
+
+    def sample(self) -> Tensor:
+        """Reparameterised sample (..., A)."""
+        return super().sample().tanh()
+
+    def mode(self) -> Tensor:
+        """tanh of the mean (..., A)."""
+        return self.mean.tanh()
+
+
 class OneHot:
     """One-hot categorical over the last dimension."""
 
@@ -401,6 +413,20 @@ class OneHot:
         return F.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).float()
 
 
+class Latent(Gaussian):
+    """The stochastic state z_t: a diagonal normal."""
+
+    def __init__(self, raw: Tensor):
+        """`raw` (..., 2 Z): means, and the deviations before softplus; they are 0.1 at least."""
+        mean, raw_std = raw.float().chunk(2, -1)
+        super().__init__(mean, F.softplus(raw_std) + 0.1)
+
+    def kl(self, other: "Latent") -> Tensor:
+        """KL[self || other] (...) in nats, summed over Z."""
+        ratio, shift = self.std / other.std, (self.mean - other.mean) / other.std
+        return (0.5 * (ratio.square() + shift.square() - 1) - ratio.log()).sum(-1)
+
+
 class Bernoulli:
     """Distribution of a flag: does the episode go on?"""
 
@@ -417,42 +443,16 @@ class Bernoulli:
         return -F.binary_cross_entropy_with_logits(self.logit, flag, reduction="none")
 
 
-class TanhNormal(Gaussian):
-    """tanh of a diagonal normal, for continuous actions."""
-
-    def sample(self) -> Tensor:
-        """Reparameterised sample (..., A)."""
-        return super().sample().tanh()
-
-    def mode(self) -> Tensor:
-        """tanh of the mean (..., A)."""
-        return self.mean.tanh()
-
-
-class Latent(Gaussian):
-    """The stochastic state z_t: a diagonal normal."""
-
-    def __init__(self, raw: Tensor):
-        """`raw` (..., 2 Z): means, and the deviations before softplus; they are 0.1 at least."""
-        mean, raw_std = raw.float().chunk(2, -1)
-        super().__init__(mean, F.softplus(raw_std) + 0.1)
-
-    def kl(self, other: "Latent") -> Tensor:
-        """KL[self || other] (...) in nats, summed over Z."""
-        ratio, shift = self.std / other.std, (self.mean - other.mean) / other.std
-        return (0.5 * (ratio.square() + shift.square() - 1) - ratio.log()).sum(-1)
-
-
 # ------------------------------------------------------------------------ 5 encoder, decoder, heads
 def init_output(layer: nn.Module) -> nn.Module:
-    """Glorot uniform weights and zero biases, as in Keras; gives the layer back."""
+    """Glorot uniform weights, zero biases, as in Keras: here for every layer. Gives it back."""
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class Linear(nn.Linear):
-    """Linear layer with our initialisation."""
+    """Linear layer with the initialisation of the authors' code."""
 
     def reset_parameters(self) -> None:
         """Initialise; `nn.Linear.__init__` calls this."""
@@ -604,6 +604,14 @@ class Decoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- 6 RSSM
+class State(NamedTuple):
+    """Recurrent state of the model, and the action chosen there, which leads to the next one."""
+
+    deter: Tensor  # (B, D) h_t
+    stoch: Tensor  # (B, Z) z_t
+    action: Tensor  # (B, A)
+
+
 class GRUCell(nn.GRUCell):
     """The plain GRU, with Keras' initialisation."""
 
@@ -618,14 +626,6 @@ class GRUCell(nn.GRUCell):
         """(B, U) and h_{t-1} (B, D) -> h_t (B, D), in float32."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float(), deter)
-
-
-class State(NamedTuple):
-    """Recurrent state of the model, and the action chosen there, which leads to the next one."""
-
-    deter: Tensor  # (B, D) h_t
-    stoch: Tensor  # (B, Z) z_t
-    action: Tensor  # (B, A)
 
 
 class RSSM(nn.Module):
@@ -738,7 +738,7 @@ class Actor(nn.Module):
         outputs = spec.action_dim if spec.discrete else 2 * spec.action_dim
         self.head = Head(feat_dim, args.units, args.actor_layers, outputs)
         self.min_std, std = args.actor_min_std, args.actor_init_std
-        self.raw_std = std + math.log(-math.expm1(-std))  # softplus gives `std` of it
+        self.raw_std = std + math.log(-math.expm1(-std))  # softplus of it is `std`
 
     def forward(self, feat: Tensor) -> Tensor:
         """(..., F) -> parameters of the policy (..., A), or (..., 2A) for continuous actions."""

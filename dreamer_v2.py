@@ -44,14 +44,14 @@ Time alignment. A row of the replay buffer holds what is known when the action i
                 critic    [v_0 ... v_{H-1}]   v_H only bootstraps
                 rewards   r_0 ... r_{H-1}  and discounts  d_0 ... d_{H-1}  from the states 0 ... H-1
                 actor     [a_0 ... a_{H-2}]   a_t judged by V_{t+1}, of the state that it leads to
-                weights   w_t = d_0 ... d_{t-1}     with d_0 the recorded gamma (1 - is_terminal)
+                weights   w_t = d_0 ... d_{t-1}    d_0 = gamma, with --pcont times 1 - is_terminal
                 target    V_t = r_t + d_t ((1 - lambda) v_{t+1} + lambda V_{t+1}),     V_H = v_H
 
 Symbols (paper -> code), and the sizes that the shape comments name, time-major
     x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
     a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
     gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
-    sg()  .detach()       q(z|h,x)  post_*     p(z|h)  prior_*
+    sg()  .detach()       q(z|h,x)  post       p(z|h)  prior
     Dimension key
     T  replay time, 50     B  batch, 16     N = T * B  imagination starts, 800            (Atari)
     H  imagination horizon, 15     H1  H + 1     G  H - 1     A  action, 9     P  environments, 1
@@ -59,8 +59,8 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     Z = S * K  stochastic state, 1024     F = D + Z  feature, 1624     U  hidden units, 600
     V  vector observation     I, I, C  image, 64 64 1
     Equations of the paper: 1 RSSM; 2 world_model_loss; 3 Actor and Critic; 4 lambda_return;
-    5 critic_loss; 6 actor_loss. The paper writes V^lambda_t for the return, gamma_t for d_t;
-    `cont` predicts gamma (1 - end), which is d_t
+    5 critic_loss; 6 actor_loss. The paper writes V^lambda_t for the return (V_t above),
+    gamma_t for the discount (d_t above); `cont` predicts it: gamma (1 - end)
 
 What changed since DreamerV1 (each tag stands where the change happens), and what it is good for.
 From the paper:
@@ -69,14 +69,14 @@ From the paper:
     [V2-2]  KL balancing, 0.8 for the prior and 0.2 for the posterior. Without it the posterior is
             pulled to a prior that has not learnt yet, and loses information.
     [V2-4]  REINFORCE with a baseline for discrete actions: a gradient that has come back through H
-            straight-through samples is biased. Continuous actions keep it, for it varies less.
+            straight-through samples is biased. Continuous actions keep it: its variance is lower.
     [V2-5]  an entropy bonus. V1 added noise to the actions instead.
     [V2-6]  the critic's targets come from a copy of it that is renewed every 100 updates. Targets
-            that move with every update chase themselves. (So does the baseline: authors' code.)
+            that move with every update chase themselves. (The baseline, too: authors' code.)
     [V2-8]  ELU in the convolutions too, wider networks, 4 layers in every head.
     [V2-9]  weight decay, and another epsilon for Adam.
     [V2-11] continuous actions from a normal truncated to [-1, 1] (V1: tanh of a normal).
-    On Atari, besides: grey images, no free nats, a GRU of 600, H of 15.
+    On Atari it also has grey images, no free nats, a GRU of 600, H of 15.
 From the authors' code only:
     [V2-3]  GRU with one LayerNorm over its gates (V1: the plain GRU); the paper saw little benefit.
     [V2-7]  the start of an imagined trajectory is its element 0: the critic learns there, too.
@@ -87,8 +87,8 @@ Tags [V1-n] are explained in dreamer_v1.py.
 
 Deviation (from the authors' code, danijar/dreamerv2 07d906e)
     * No update is spent on building the variables.
-    * bfloat16 is the default where the hardware supports it (theirs: float16 with loss scaling).
-      `--amp off` is float32. State and acting stay in float32.
+    * bfloat16 is the default where the hardware supports it, from 256 units on (theirs: float16
+      with loss scaling). `--amp off` is float32. State and acting stay in float32.
     * --size XXS is ours, for laptops.
     * A row holds the action chosen at its observation (theirs: the one that led to it). Since a
       window starts with is_first, which zeroes that action, the maths is the same.
@@ -99,6 +99,8 @@ Deviation (from the authors' code, danijar/dreamerv2 07d906e)
       (Atari: 4) unless asked for, theirs is 2 for control.
     * The truncated normal is drawn by its inverse distribution function. Its gradient is theirs:
       d sample / d mean = 1 and d sample / d std = (sample - mean) / std, which ignores the bounds.
+    * charts/episodic_return is that of training (theirs: also of test episodes).
+    * `--clip-rewards clip` is ours; theirs has `sign`.
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
@@ -214,7 +216,7 @@ class Args(RunArgs):
     critic_eps: float | None = None  # Adam epsilon of the critic
     critic_clip: float = 100.0  # Gradient clipping of the critic
     actor_entropy: float | None = None  # eta, scale of the entropy bonus
-    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # reinforce if discrete
+    actor_grad: Literal["auto", "reinforce", "dynamics", "both"] = "auto"  # auto: by the actions
     actor_grad_mix: float = 0.1  # Share of the dynamics' gradient in `both`, 1 - rho
     slow_every: int = 100  # Updates between two copies of the critic to its slow copy
     slow_fraction: float = 1.0  # How far the slow copy moves then
@@ -227,8 +229,9 @@ class Args(RunArgs):
     def check(self) -> None:
         """Raise `UserError`, one line, for a value that cannot work."""
         check_numbers(self, may_be_zero={
-            "learning_starts", "return_lambda", "actor_entropy", "kl_scale", "free_nats",
-            "pcont_scale", "kl_balance", "weight_decay", "sticky", "actor_grad_mix"}, shares={
+            "learning_starts", "pretrain", "return_lambda", "actor_entropy", "kl_scale",
+            "free_nats", "pcont_scale", "kl_balance", "weight_decay", "sticky",
+            "actor_grad_mix"}, shares={
             "kl_balance": 1, "weight_decay": 1, "slow_fraction": 1, "sticky": 1,
             "actor_grad_mix": 1, "gamma": 1, "return_lambda": 1})
         if (self.imag_horizon or 2) < 2:
@@ -345,17 +348,17 @@ def draw_noise(mean: Tensor) -> Tensor:
 class Normal:
     """Normal distribution of numbers, each for itself and with variance 1."""
 
-    def __init__(self, center: Tensor):
-        """`center` (...), their means."""
-        self.center = center
+    def __init__(self, loc: Tensor):
+        """`loc` (...), their means."""
+        self.loc = loc
 
     def mean(self) -> Tensor:
         """Means (...)."""
-        return self.center
+        return self.loc
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-densities (...) of `value` (...)."""
-        squared = F.mse_loss(self.center, value, reduction="none")
+        squared = F.mse_loss(self.loc, value, reduction="none")
         # In place, for of images these are hundreds of MB.
         return squared.mul_(-0.5).sub_(0.5 * math.log(2 * math.pi))
 
@@ -484,7 +487,7 @@ class Latent(OneHot):
 
     def detach(self) -> "Latent":
         """The same distribution, without gradient."""
-        twin = object.__new__(Latent)
+        twin = object.__new__(Latent)  # without computing the softmax again
         twin.probs, twin.logits = self.probs.detach(), self.logits.detach()
         return twin
 
@@ -507,7 +510,7 @@ class Bernoulli:
 
 # ------------------------------------------------------------------------ 5 encoder, decoder, heads
 def init_output(layer: nn.Module) -> nn.Module:
-    """Glorot uniform weights and zero biases, as in Keras; gives the layer back."""
+    """Glorot uniform weights, zero biases, as in Keras: here for every layer. Gives it back."""
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -525,7 +528,7 @@ class Norm(nn.LayerNorm):
 
 
 class Linear(nn.Linear):
-    """Linear layer with our initialisation."""
+    """Linear layer with the initialisation of the authors' code."""
 
     def reset_parameters(self) -> None:
         """Initialise; `nn.Linear.__init__` calls this."""
@@ -801,7 +804,7 @@ class WorldModel(nn.Module):
         return Normal(self.reward_head(feat).squeeze(-1))
 
     def cont(self, feat: Tensor) -> Bernoulli:
-        """(..., F) -> distribution of "the episode goes on" (...)."""
+        """(..., F) -> distribution of "the episode goes on" (...), its mean times gamma."""
         return Bernoulli(self.cont_head(feat).squeeze(-1))
 
 
@@ -852,7 +855,7 @@ class Critic(nn.Module):
 def world_model_loss(model: WorldModel, batch: Batch, carry: State,
                      args: Args) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
     """Scaled loss terms of the world model, (T, B) or scalars, over every replayed step. Eq. 2:
-        L    = -ln p(x_t|s_t) - ln p(r_t|s_t) - ln p(gamma_t|s_t) + beta KL
+        L    = -ln p(x_t|s_t) - ln p(r_t|s_t) - pcont_scale ln p(gamma_t|s_t) + beta KL
         KL   = alpha max(free, mean KL[ sg(q(z_t|h_t,x_t)) || p(z_t|h_t) ])     trains the prior
          + (1 - alpha) max(free, mean KL[ q(z_t|h_t,x_t) || sg(p(z_t|h_t)) ])     the posterior
 
@@ -882,7 +885,7 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     # [V2-2] Both have the same value; they differ in which side learns.
     kl_dyn, kl_rep = post.detach().kl(prior), post.kl(prior.detach())
     dyn, rep = (mean_over_ranks(kl).clamp(min=args.free_nats) for kl in (kl_dyn, kl_rep))
-    losses["kl"] = args.kl_scale * (args.kl_balance * dyn + (1 - args.kl_balance) * rep)
+    losses["kl"] = args.kl_scale * (args.kl_balance * dyn + (1 - args.kl_balance) * rep)  # [V1-7]
     metrics["latent/kl"] = kl_dyn
     return losses, deter.detach(), stoch.detach(), metrics
 
@@ -894,7 +897,7 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
     (H, N, A or 2A), from which the losses rebuild the policy without running the actor again.
 
     REINFORCE needs no gradient of the dynamics at all [V2-4]. The actor always sees detached
-    features: its gradient comes through its actions alone.
+    features: its gradient comes through ln pi, or through its actions. [V1-1]
     """
     feats, actions, raws = [torch.cat([deter, stoch], -1)], [], []
     for _ in range(horizon):
@@ -931,7 +934,7 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
     the same) is the authors' code. w_t are the discounts before t, multiplied. Through the dynamics
     the gradient comes by reward, discount and value. All tensors are (G, N), `dynamics` is 1 - rho.
     """
-    objective = ret
+    objective = ret  # [V1-2]
     if dynamics < 1:  # [V2-4]
         chosen = action if dynamics else action.detach()
         reinforce = policy.log_prob(chosen) * (ret - baseline).detach()  # (G, N)
@@ -1055,7 +1058,7 @@ class Agent(nn.Module):
                 if args.pcont:  # at the start it is known whether the episode goes on
                     alive = (~batch.is_terminal).float().flatten()  # (N,) [V2-7]
                     cont = model.cont(feat[1:-1]).mean()  # (G, N)
-                    discount = torch.cat([args.gamma * alive[None], cont])  # (H, N)
+                    discount = torch.cat([args.gamma * alive[None], cont])  # (H, N) [V1-4]
             value_dist = self.critic(feat[:-1])
 
         # Returns: reward and discount are those of state t itself, as in Eq. 4
@@ -1083,8 +1086,9 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_slow_critic(self) -> None:
         """Copy the critic to the slow critic, after updates 1, 101, 201, ... [V2-6]"""
-        due = self.updates % self.args.slow_every == 0
-        rate = 1.0 if self.updates == 0 else self.args.slow_fraction * due
+        if self.updates % self.args.slow_every:
+            return
+        rate = 1.0 if self.updates == 0 else self.args.slow_fraction
         slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
         torch._foreach_lerp_(slow, fast, rate)
 

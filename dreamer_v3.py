@@ -51,7 +51,7 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
     a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
     gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
-    sg()  .detach()       q(z|h,x)  post_*     p(z|h)  prior_*
+    sg()  .detach()       q(z|h,x)  post       p(z|h)  prior
     Dimension key
     T  replay time, 64     B  batch, 16     N = T * B  imagination starts, 1024     (size S, Atari)
     H  imagination horizon, 15     H1  H + 1     A  action, 9     P  environments, 1
@@ -141,6 +141,7 @@ PAPER = dict(  # mlp_* and the schedule of updates: the authors' code
     actor_lr=3e-5, actor_eps=1e-5, critic_lr=3e-5, critic_eps=1e-5, actor_entropy=3e-4,
     actor_min_std=0.1, beta_pred=1.0, grayscale=False, clip_rewards="none", actor_grad="auto",
     cont_mean=False, eval_greedy=False)
+TASKS = {}  # V1 and V2 have settings for each kind of actions; here one serves all
 SIZES = {  # those of the paper; XXS is ours, why so: benchmarks/results/laptop_preset.md
     "XXS": PAPER | dict(
         deter=128, hidden=128, units=128, layers=1, depth=8, mlp_units=512, mlp_layers=2, stoch=16,
@@ -231,7 +232,7 @@ class Args(RunArgs):
     def check(self) -> None:
         """Raise `UserError`, one line, for a value that cannot work."""
         check_numbers(self, may_be_zero={
-            "learning_starts", "return_lambda", "actor_entropy", "unimix", "beta_pred",
+            "learning_starts", "pretrain", "return_lambda", "actor_entropy", "unimix", "beta_pred",
             "beta_dyn", "beta_rep", "free_bits", "critic_ema_decay", "critic_ema_regularizer",
             "return_norm_low", "return_norm_decay"}, shares={
             "unimix": 1, "critic_ema_decay": 1, "return_norm_decay": 1, "return_norm_low": 100,
@@ -437,7 +438,7 @@ class Latent(OneHot):
 
     def detach(self) -> "Latent":
         """The same distribution, without gradient."""
-        twin = object.__new__(Latent)
+        twin = object.__new__(Latent)  # without computing the softmax again
         twin.probs, twin.logits = self.probs.detach(), self.logits.detach()
         return twin
 
@@ -549,7 +550,7 @@ class Norm(nn.LayerNorm):
 
 
 class Linear(nn.Linear):
-    """Linear layer with our initialisation."""
+    """Linear layer with the initialisation of the authors' code."""
 
     def reset_parameters(self) -> None:
         """Initialise; `nn.Linear.__init__` calls this."""
@@ -830,7 +831,7 @@ class WorldModel(nn.Module):
         return TwoHot(self.reward_head(feat))
 
     def cont(self, feat: Tensor) -> Bernoulli:
-        """(..., F) -> distribution of "the episode goes on" (...)."""
+        """(..., F) -> distribution of "the episode goes on" (...), without gamma. [V3-7]"""
         return Bernoulli(self.cont_head(feat).squeeze(-1))
 
 
@@ -945,7 +946,7 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
     (H, N, A or 2A), from which the losses rebuild the policy without running the actor again.
 
     REINFORCE needs no gradient of the dynamics at all [V2-4]. The actor always sees detached
-    features: its gradient comes through its actions alone.
+    features: its gradient comes through ln pi, or through its actions. [V1-1]
     """
     feats, actions, raws = [torch.cat([deter, stoch], -1)], [], []
     for _ in range(horizon):
@@ -984,7 +985,7 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
     Through the dynamics the gradient reaches the actor by reward, value and baseline. `ret`,
     `baseline` and `weight` are (H, N).
     """
-    objective = (ret - baseline) / scale  # (H, N) [V3-5]
+    objective = (ret - baseline) / scale  # (H, N) [V1-2] [V3-5]
     if not dynamics:  # [V2-4]
         objective = policy.log_prob(action.detach()) * objective.detach()  # (H, N)
     entropy = policy.entropy()  # [V2-5]
@@ -1256,7 +1257,7 @@ def train(args: Args, run_dir: Path | None) -> None:
 def main() -> None:
     """Train, resume, evaluate or dream; a mistake of the user gets one line and exit status 1."""
     with one_line_errors():
-        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0])
+        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], TASKS)
         if args.evaluate:
             evaluate(args, load_agent(Agent, args, run_dir, SCRIPT))
         elif args.dream:

@@ -55,7 +55,7 @@ def make_agent(options: Options, device: torch.device):
     script, shape = importlib.import_module(options.script), SHAPES[options.script]
     size = {"setting": "tiny"} if options.size == "tiny" else {"size": options.size}
     args = script.Args(**Speed(script=options.script, **size).sizes)
-    if hasattr(script, "TASKS"):
+    if getattr(script, "TASKS", {}):
         script.fill(args, script.TASKS["discrete" if shape["discrete"] else "continuous"])
     spec = EnvSpec((64, 64, shape["channels"]), 0, shape["actions"], shape["discrete"])
     return script, script.Agent(args, spec, device)

@@ -32,7 +32,7 @@ class Ours(Side):
         graph = {"cuda_graph": True} if setting.get("cuda_graph") else {}
         args = script.Args(**setting["sizes"], **{horizon: setting["horizon"]}, **graph,
                            compile=setting["compile"], amp="on" if setting["bf16"] else "off")
-        if hasattr(script, "TASKS"):
+        if getattr(script, "TASKS", {}):
             kind = "discrete" if setting["discrete"] else "continuous"
             script.fill(args, script.TASKS[kind])
         return args

@@ -84,14 +84,14 @@ def one_line_errors():
             dist.destroy_process_group()
 
 
-def parse(args_type: type, script: str, description: str, tasks: dict[str, dict] | None = None):
+def parse(args_type: type, script: str, description: str, tasks: dict[str, dict]):
     """Arguments, and the run directory if one of MODES names one.
 
     Flags that are given win over what the run directory holds, except for the groups of `Args`
     that say "(a resume keeps these)". Raises UserError, one line.
 
     tasks: what a new run fills in where a field is still None, for "discrete" and for "continuous"
-    actions.
+    actions; may be empty.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for mode in MODES:
@@ -144,14 +144,14 @@ def for_task(args, tasks: dict[str, dict]):
 
 
 def read_flags(args_type: type, description: str, defaults: dict[str, Any],
-               tasks: dict[str, dict] | None):
+               tasks: dict[str, dict]):
     """The command line as an `args_type`; `--help` shows its fields in titled groups."""
     groups, filled = [], args_type()
     for number, (title, helps) in enumerate(help_groups(args_type).items()):
         hints = {f.name: f.type for f in fields(args_type) if f.name in helps}
         group = make_dataclass(f"Group{number}", [
             (name, Annotated[hint, tyro.conf.OmitArgPrefixes, tyro.conf.arg(
-                help=helps[name] + preset_note(filled, name, defaults[name], tasks or {}))],
+                help=helps[name] + preset_note(filled, name, defaults[name], tasks))],
              field(default=defaults[name])) for name, hint in hints.items()])
         name, _, note = title.partition(" (")
         named = Annotated[group, tyro.conf.arg(name=name, help=note.removesuffix(")"))]

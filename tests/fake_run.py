@@ -232,7 +232,7 @@ def main() -> None:
 
     play.Envs = FakeEnvs
     with one_line_errors():
-        args, run_dir = parse(Args, SCRIPT, "A small script.")
+        args, run_dir = parse(Args, SCRIPT, "A small script.", {})
         if args.evaluate:
             play.evaluate(args, play.load_agent(Agent, args, run_dir, SCRIPT))
         elif args.dream:

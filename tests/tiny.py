@@ -26,7 +26,7 @@ def tiny_args(module, discrete: bool = True, **changes):
 
 def for_task(module, args, discrete: bool):
     """Filled with the defaults for the kind of actions, in the scripts that have such."""
-    if hasattr(module, "TASKS"):
+    if module.TASKS:
         module.fill(args, module.TASKS["discrete" if discrete else "continuous"])
     return args
 
