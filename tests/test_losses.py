@@ -493,3 +493,5 @@ def test_updates_due():
     assert [d3.updates_due(late, step, 0) for step in (99, 100)] == [0, 7]
     offline = replace(args, offline="somewhere")  # nothing is collected, so nothing is waited for
     assert [d3.updates_due(offline, step, 0) for step in (0, 1, 21)] == [0, 7, 17]
+    none_at_once = replace(args, pretrain=0)
+    assert [d3.updates_due(none_at_once, step, 0) for step in (40, 42)] == [0, 1]
