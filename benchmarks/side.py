@@ -80,9 +80,9 @@ class Side:
         return {"table": profile.key_averages().table(sort_by=key, row_limit=rows)}
 
     def memory(self) -> dict:
-        """Peak bytes so far: of the GPU's allocator, or of the process."""
+        """Peak bytes so far: of the card, with the pools of graphs, or of the process."""
         if self.device.type == "cuda":
-            return {"bytes": torch.cuda.max_memory_allocated()}
+            return {"bytes": torch.cuda.max_memory_reserved()}
         return {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
     def matmul(self, bf16: bool) -> dict:
