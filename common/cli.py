@@ -47,7 +47,7 @@ class RunArgs:
     track: bool = False  # Also log to Weights & Biases
     wandb_project_name: str = "dreamer"  # Project name there
     wandb_entity: str | None = None  # Team name there
-    capture_video: bool = False  # Write episodes of the first environment to RUN_DIR/videos
+    capture_video: bool = False  # Film episodes 0, 1, 8, 27, ... into RUN_DIR/videos
     runs_dir: str = "runs"  # Where run directories are made
     log_every: int = 250  # Timesteps between two points of the training curves
     video_every: int = 10_000  # Timesteps between two open-loop videos in TensorBoard (0: none)
@@ -110,7 +110,10 @@ def parse(args_type: type, script: str, description: str, tasks: dict[str, dict]
     (mode, path), = given.items()
     run_dir = Path(path)
     original = stored_args(args_type, run_dir, script)
-    args = read_flags(args_type, description, asdict(original), tasks)
+    defaults = asdict(original)
+    if mode == "evaluate":  # is filmed if that is asked for now
+        defaults["capture_video"] = False
+    args = read_flags(args_type, description, defaults, tasks)
     fill(args, asdict(original))  # None is what a new run fills in; this one has been filled
     fixed = {name for title, group in help_groups(args_type).items() for name in group
              if title.endswith(KEPT)} | {"offline"}

@@ -1,5 +1,6 @@
 """What is wrong with an environment, in one line for the user who can mend it."""
 
+import contextlib
 import difflib
 import os
 import sys
@@ -66,5 +67,11 @@ def reason(config, error: BaseException, is_atari: bool) -> str:
 
 def entry_point(env_id: str) -> str:
     """`module:class` of a registered environment, or nothing."""
-    spec = gym.registry.get(env_id.rpartition(":")[2])
+    name = env_id.rpartition(":")[2]
+    with contextlib.suppress(gym.error.Error):
+        space, name, version = gym.envs.registration.parse_env_id(name)
+        if version is None:  # Gymnasium takes the latest one
+            version = gym.envs.registration.find_highest_version(space, name)
+        name = gym.envs.registration.get_env_id(space, name, version)
+    spec = gym.registry.get(name)
     return str(spec.entry_point) if spec else ""

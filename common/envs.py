@@ -104,6 +104,7 @@ def env_spec(env: gym.Env) -> EnvSpec:
     words += [f"{action_dim} {'discrete' if is_discrete else 'continuous'} action"
               + "s" * (action_dim > 1)
               + f", all combinations of {given}" * isinstance(given, COMBINED)]
+    words += [f"each for {env.frames} frames"] * (env.frames > 1)
     return EnvSpec(shapes.get("image"), sum(shapes.get("vector", ())), action_dim, is_discrete,
                    " ".join("; ".join(words).split()), tuple(env.notices))
 
@@ -132,7 +133,9 @@ def _make(config: EnvConfig) -> gym.Env:
             env = gym.wrappers.AddRenderObservation(env, render_only=True)
     if config.max_episode_steps:
         env = gym.wrappers.TimeLimit(env, config.max_episode_steps)
-    return ImageAndVector(_standard_actions(env), config.image_size, config.grayscale)
+    env = ImageAndVector(_standard_actions(env), config.image_size, config.grayscale)
+    env.frames = config.action_repeat
+    return env
 
 
 def _import_package(env_id: str) -> None:
@@ -204,7 +207,7 @@ class ImageAndVector(gym.ObservationWrapper):
 
     def __init__(self, env: gym.Env, image_size: int, grayscale: bool):
         super().__init__(env)
-        self.size, self.grayscale, self.notices = image_size, grayscale, []
+        self.size, self.grayscale, self.notices, self.frames = image_size, grayscale, [], 1
         self.images, self.vectors = [], []  # [(path of keys, space, kinds of numbers)]
         for path, space in _leaves(env.observation_space):
             if not isinstance(space, NUMBERS):

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections import deque
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from common.files import UserError
 from common.rundir import load_checkpoint, script_of
 from common.runs import check_spec, explain_mismatch
 from common.vector import Envs, EnvStep
-from common.video import as_frames, gif_bytes, save_strip, side_by_side
+from common.video import EpisodeVideos, as_frames, gif_bytes, save_strip, side_by_side
 
 PATIENCE = 10_000  # timesteps without the end of an episode until a note says what to do
 ROW = ("image", "vector", "action", "reward", "is_first", "is_terminal")  # what is learnt from
@@ -83,7 +84,7 @@ class Player:
 
 def play(args, agent, num_envs: int, env_seed: int | None):
     """Endlessly yield the environments, their observation and the agent's action (P, A) there."""
-    config = replace(args.env_config, render=False)
+    config = replace(args.env_config, render=bool(args.capture_video and args.evaluate))
     seed = args.seed + 10**6  # no training run has used it
     seed_everything(seed, args.torch_deterministic)
     envs = Envs(config, num_envs, seed, args.max_env_restarts, args.env_timeout, env_seed)
@@ -124,8 +125,12 @@ def episodes(args, agent, env_seed: int | None):
     # Every environment plays its share: to count who finishes first would favour short episodes.
     left = np.array([len(part) for part in np.array_split(range(count), num_envs)])
     restarts, number = np.zeros(num_envs, int), 0
-    with tqdm(total=count, unit=" episodes", disable=None, leave=False) as bar:  # on a terminal
+    films = EpisodeVideos(Path(args.evaluate) / "videos", name="evaluation")
+    with (tqdm(total=count, unit=" episodes", disable=None, leave=False) as bar,  # on a terminal
+          closing(films)):
         for step, (envs, obs, _) in enumerate(play(args, agent, num_envs, env_seed)):
+            if args.capture_video and args.evaluate:
+                films.add(envs.render, obs.is_first[0])
             bar.set_postfix_str(f"timestep {step:,}", refresh=step % 100 == 0)
             if step == PATIENCE and not number:
                 bar.write(f"no episode has ended in {step:,} timesteps; --max-episode-steps ends "

@@ -168,6 +168,7 @@ class Run:
                   f"timesteps per environment; {self.asked:,} take a new run")
         print(f"agent: size {self.args.size}, {millions:.2f} million parameters, on {agent.device}"
               f"{' in bfloat16' if agent.bf16 else ''}")
+        print(f"curves and dreams: tensorboard --logdir {self.dir.parent}")
         if not planned:
             print("no update will be made: raise --total-timesteps, or lower --learning-starts")
         elif agent.device.type == "cpu" and millions > 4:
@@ -215,7 +216,7 @@ class Run:
             self.log_video()
         if self.due(args.checkpoint_every):
             self.save()
-        last = {"episodic_return": self.returns[-1]} if self.returns else {}
+        last = {"mean_return": np.mean(self.returns)} if self.returns else {}  # of up to 10
         self.logger.progress(self.step, **last, updates=agent.updates)
         self.before = self.step
 

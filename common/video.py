@@ -120,8 +120,8 @@ class EpisodeVideos:
     then `episode-000027.mp4`, or `episode-000027-1.mp4` if a run before this one made that already.
     """
 
-    def __init__(self, folder: Path | str, fps: float = 30):
-        self.path, self.fps = Path(folder) / "recording.mp4", fps
+    def __init__(self, folder: Path | str, fps: float = 30, name: str = "episode"):
+        self.path, self.fps, self.name = Path(folder) / "recording.mp4", fps, name
         self.episode, self.writer = -1, None
 
     def wanted(self) -> bool:
@@ -155,7 +155,7 @@ class EpisodeVideos:
         if not cv2.VideoCapture(str(self.path)).isOpened():
             raise OSError(f"cannot write {self.path}; is the disk full?")
         for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(1))):
-            path = self.path.with_name(f"episode-{self.episode:06d}{suffix}.mp4")
+            path = self.path.with_name(f"{self.name}-{self.episode:06d}{suffix}.mp4")
             if not path.exists():
                 self.path.rename(path)
                 return

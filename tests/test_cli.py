@@ -99,6 +99,15 @@ def test_from_beginning_to_end(script, trained, cli, tmp_path):
     assert progress_of(next(tmp_path.glob("offline/*")), script)[1] > 0
 
 
+def test_an_evaluation_is_filmed_if_that_is_asked_for(copied, cli, tmp_path):
+    """The run was, which says nothing of an evaluation."""
+    once, filmed = (cli(MAIN, "--evaluate", copied, "--eval-episodes", 2, *flags, cwd=tmp_path)
+                    for flags in ((), ("--capture-video",)))
+    assert once.code == 0 and once.out == filmed.out, str(filmed)
+    films = sorted(path.name for path in copied.glob("videos/evaluation*"))
+    assert films == ["evaluation-000000.mp4", "evaluation-000001.mp4"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("env", ["BoxVector", "Image"])
 def test_other_kinds_of_environment(script, cli, tmp_path, env):

@@ -136,8 +136,8 @@ def test_config_is_picklable_and_frozen():
 
 
 def test_default_action_repeat():
-    ids = [PONG, "ALE/Pong-v5", "Pong-v4", "ale_py:ALE/Pong-v5", "CartPole-v1", "Nonsense"]
-    assert [default_action_repeat(i) for i in ids] == [4, 4, 4, 4, 1, 1]
+    ids = [PONG, "ALE/Pong-v5", "Pong-v4", "Pong", "ale_py:ALE/Pong-v5", "CartPole-v1", "CartPole", "Nonsense"]
+    assert [default_action_repeat(i) for i in ids] == [4, 4, 4, 4, 4, 1, 1, 1]
 
 
 # ------------------------------------------------------------------------ observations
@@ -225,6 +225,7 @@ def test_text_is_left_out_with_a_notice(register):
 def test_summary_says_what_was_understood(register, space, action_space, summary):
     env_id = register(lambda: SampleEnv(space, action_space))
     assert probe(EnvConfig(env_id, image_size=8)).summary == summary
+    assert probe(EnvConfig(env_id, image_size=8, action_repeat=2)).summary == f"{summary}; each for 2 frames"
 
 
 def test_codes_in_place_of_a_picture_are_noticed(capfd):
