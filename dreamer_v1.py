@@ -566,6 +566,8 @@ class GridToPixels(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, s, s) -> (n, outputs, 2 s + size - 2, the same), channels-last in memory."""
+        if x.is_cuda or x.dtype != torch.float32:  # in bfloat16 its backward pass is slower
+            return super().forward(x)
         # Of 6 x 6 weights every second row and column meets a given pixel: four kernels of 3 x 3
         # give the four pixels of each 2 x 2 block, as channels.
         half = self.kernel_size[0] // 2
