@@ -67,7 +67,6 @@ def work(options: Options) -> None:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     rank, world, local = devices.setup_distributed(accelerator)
     devices.seed_everything(0, False)
-    devices.keep_freed_memory()
     device = torch.device(accelerator, local) if accelerator == "cuda" else torch.device("cpu")
     script, agent = make_agent(options, device)
     shape, rows = SHAPES[options.script], options.batch_size // world
@@ -77,6 +76,7 @@ def work(options: Options) -> None:
     for _ in range(2 + options.updates):
         start = time.perf_counter()
         agent.train_step(batch, carry)
+        devices.keep_freed_memory()  # as a run does after the first one
         if accelerator == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
