@@ -46,7 +46,7 @@ SETS = {  # name: the tasks that it stands for; each task is a set of its own, t
 SETS |= {task: (task,) for tasks in [*SETS.values()] for task in tasks}
 BOXING = ("--env-id BoxingNoFrameskip-v4 --deter 512 --hidden 256 --units 256 --layers 2 "
           "--depth 16 --stoch 16 --classes 16 --batch-length 32 --train-ratio 448 --model-lr 2e-4 "
-          "--actor-lr 6e-5 --critic-lr 6e-5 --total-timesteps 14400 --threads 2")
+          "--actor-lr 6e-5 --critic-lr 6e-5 --total-timesteps 14400 --threads 1")
 V3_LAPTOP = {  # one preset for all of them; poles have a flag of their own
     "cartpole": ("CartPole-v1 --action-repeat 2", 15_000), "pendulum": ("Pendulum-v1", 15_000),
     "inverted_pendulum": ("InvertedPendulum-v5 --action-repeat 2", 15_000),
