@@ -1,5 +1,6 @@
-"""With bfloat16 and torch.compile switched on, the first update's losses are the float32 ones."""
+"""The fast ways (bfloat16, torch.compile, a GPU's queue) compute what the plain one computes."""
 
+import contextlib
 import functools
 import importlib
 import subprocess
@@ -73,6 +74,31 @@ def test_first_losses_with_compile(monkeypatch):
     fast = first_losses(dreamer_v3, False, **sizes, compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 6
     assert fast == pytest.approx(plain, rel=1e-4) and len(plain) >= 7
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("name", ["dreamer_v1", "dreamer_v2", "dreamer_v3"])
+def test_an_update_never_waits_for_the_device(name, discrete, monkeypatch):
+    """On tensors without values, of which none can be read, nor mixed with one on the CPU.
+
+    On a GPU each of these would be a synchronisation, or an error.
+    """
+    script, meta = importlib.import_module(name), torch.device("meta")
+    adam = functools.partial(torch.optim.Adam, foreach=True)  # there is no fused one without values
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, fused, **flags: adam(*args, **flags))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **flags: contextlib.nullcontext())
+    agent = script.Agent(tiny_args(script, discrete),
+                         tiny_spec(script, discrete, image=True), meta)
+    batch = script.Batch(*(x.to(meta) for x in tiny_batch(script, agent)))
+    before = agent.zero_state(agent.args.batch_size)
+    for _ in range(2):
+        metrics = agent.train_step(batch, before)
+    assert {value.device for value in metrics.values()} == {meta} and len(metrics) >= 12
+    with pytest.raises(RuntimeError, match="device"):
+        agent.train_step(batch._replace(reward=torch.zeros(batch.reward.shape)), before)
+    monkeypatch.setattr(script, "centre", lambda image: image / image.max().item())
+    with pytest.raises(RuntimeError, match="item"):
+        agent.train_step(batch, before)
 
 
 def test_compiling_loads_what_it_configures():
