@@ -9,7 +9,7 @@
     torchrun --nproc-per-node 2 dreamer_v1.py --env-id ...    several GPUs
 
 The agent learns a *world model* from replayed sequences. An *actor* and a *critic* then learn from
-trajectories that they imagine in that model. One update (`Agent.learn`):
+trajectories that they imagine in that model. One update (`Agent.train_step`):
 
     batch                 <- B windows of T consecutive rows of the replay buffer
     embed                 <- encoder(image, vector)
@@ -445,7 +445,7 @@ class Bernoulli:
 
 # ------------------------------------------------------------------------ 5 encoder, decoder, heads
 def init_output(layer: nn.Module) -> nn.Module:
-    """Glorot uniform weights, zero biases, as in Keras: here for every layer. Gives it back."""
+    """Glorot uniform weights, zero biases. Gives the layer back."""
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -596,8 +596,8 @@ class Decoder(nn.Module):
 
     def image(self, feat: Tensor) -> Tensor:
         """(T, B, F) -> mean image (T, B, I, I, C), in float32; the targets lie in [-0.5, 0.5]."""
-        seed = self.cnn_in(feat).reshape(-1, self.start, self.start, self.cnn[0].in_channels)
-        pixels = self.cnn(seed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        grid = self.cnn_in(feat).reshape(-1, self.start, self.start, self.cnn[0].in_channels)
+        pixels = self.cnn(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:]).float()
 
     def vector(self, feat: Tensor) -> Tensor:
@@ -651,7 +651,7 @@ class RSSM(nn.Module):
         zeros = self.img_stats.bias.new_zeros
         return zeros(self.deter_dim), zeros(self.stoch_dim)
 
-    def action_in(self, action: Tensor) -> Tensor:
+    def project_action(self, action: Tensor) -> Tensor:
         """What an action (..., A) adds to the product of `img_in` (..., U)."""
         return self.img_in.project(action)
 
@@ -665,15 +665,14 @@ class RSSM(nn.Module):
 
     def img_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """One imagined step: h (N, D), z (N, Z), a (N, A) -> next h (N, D), z ~ prior (N, Z)."""
-        x = self.img_in(stoch, self.action_in(action))  # (N, U)
+        x = self.img_in(stoch, self.project_action(action))  # (N, U)
         next_deter = self.gru(x, deter)  # (N, D)
         return next_deter, self.prior(next_deter).sample()
 
     def obs_step(self, deter: Tensor, stoch: Tensor, action_in: Tensor,
                  embed_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One observed step: h (B, D), z (B, Z) -> next h (B, D), z ~ posterior (B, Z), its `raw`.
-
-        `action_in` and `embed_in` (B, U) are what action and embedding add to the two products.
+        """One observed step: h (B, D), z (B, Z) -> next h (B, D), z ~ posterior (B, Z), and its
+        raw statistics. `action_in`, `embed_in` (B, U): what both add to the two products.
         """
         x = self.img_in(stoch, action_in)  # (B, U)
         next_deter = self.gru(x, deter)  # (B, D)
@@ -682,22 +681,15 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, deter: Tensor,
                 stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Posterior states of a sequence.
+        """Infer the states of a sequence from its embeddings and the actions that led to them.
 
-        Args:
-            embed: (T, B, E).
-            prev_action: (T, B, A), the action that led to each observation.
-            is_first: (T, B); there an episode begins: from the initial state, with a zero action.
-            deter, stoch: (B, D) and (B, Z), the state before the first observation.
-
-        Returns:
-            deter (T, B, D), stoch (T, B, Z), and `latent`'s argument for the posterior.
-
-        What does not depend on the previous state is computed for all T at once, so that the loop
-        holds the recurrence alone.
+        `embed` (T, B, E), `prev_action` (T, B, A); `deter` (B, D) and `stoch` (B, Z) before that.
+        Where `is_first` (T, B), an episode begins: with the initial state and a zero action. What
+        does not depend on the previous state is computed for all T at once, so that the loop holds
+        the recurrence alone. Returns deter (T, B, D), stoch (T, B, Z), and raw statistics.
         """
         first_deter, first_stoch = self.initial_state()
-        action_in = self.action_in(prev_action * ~is_first[..., None])  # (T, B, U)
+        action_in = self.project_action(prev_action * ~is_first[..., None])  # (T, B, U)
         embed_in = self.obs_out.project(embed)  # (T, B, U)
         deters, stochs, raws = [], [], []
         for first, action_t, embed_t in zip(is_first[..., None], action_in, embed_in):
@@ -926,13 +918,13 @@ class Agent(nn.Module):
             self.learn = CudaGraph(self.learn)
 
     def train_step(self, batch: Batch, carry: State) -> dict[str, Tensor]:
-        """One update, from `carry`, the state before the batch; returns scalar metrics."""
+        """One update, from `carry`, the state before row 0; returns scalar metrics."""
         metrics = self.learn(batch, carry)
         self.updates += 1
         return metrics
 
     def learn(self, batch: Batch, carry: State) -> dict[str, Tensor]:
-        """A step of world model, actor and critic. The metrics are still on the device.
+        """A step of world model, actor and critic, all on the device: a CUDA graph records it.
 
         All three losses and gradients come from the weights before the update (authors' code).
         """
@@ -1030,10 +1022,10 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
     ends = batch.is_first[context:, 0].nonzero()
     length = context + int(ends[0]) if len(ends) else len(batch.reward)
     batch = Batch(*(x if x is None else on_device(x[:length], agent.device) for x in batch))
-    model, before = agent.world_model, agent.zero_state(batch.reward.shape[1])
+    model, carry = agent.world_model, agent.zero_state(batch.reward.shape[1])
     replay_deter, replay_stoch, _ = model.rssm.observe(
-        model.encoder(centre(batch.image), batch.vector), previous_actions(batch, before.action),
-        batch.is_first, before.deter, before.stoch)
+        model.encoder(centre(batch.image), batch.vector), previous_actions(batch, carry.action),
+        batch.is_first, carry.deter, carry.stoch)
     feat = torch.cat([replay_deter, replay_stoch], -1)  # (T, B, F)
 
     imag_deter, imag_stoch = replay_deter[context - 1], replay_stoch[context - 1]
@@ -1042,14 +1034,15 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
         imag_deter, imag_stoch = model.rssm.img_step(imag_deter, imag_stoch, action)
         imag_feat.append(torch.cat([imag_deter, imag_stoch], -1))
 
-    feats = torch.stack([feat[:, :1], torch.stack(imag_feat)[:, :1]])  # (2, T, 1, F)
-    names = ["what happened", "reconstruction", "imagination"]
+    feats = torch.stack([feat[:, 0], torch.stack(imag_feat)[:, 0]], 1)  # (T, 2, F)
     if batch.image is None:
-        vectors = torch.stack([batch.vector[:, 0], *model.decoder.vector(feats)[:, :, 0]])
-        return dict(zip(names, vectors.cpu().numpy()))
-    images = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]
-    images = torch.stack([batch.image[:, 0], *((images + 0.5).clamp(0, 1) * 255).round().byte()])
-    return dict(zip(names, images.cpu().numpy()))
+        vectors = model.decoder.vector(feats)  # (T, 2, V)
+        series = torch.cat([batch.vector[:, :1], vectors], 1)
+    else:
+        pixels = ((model.decoder.image(feats) + 0.5).clamp(0, 1) * 255).round().byte()
+        series = torch.cat([batch.image[:, :1], pixels], 1)
+    names = ["what happened", "reconstruction", "imagination"]
+    return dict(zip(names, series.transpose(0, 1).cpu().numpy()))
 
 
 # ------------------------------------------------------------------------------------- 11 main loop
@@ -1095,7 +1088,7 @@ def train(args: Args, run_dir: Path | None) -> None:
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
         # The state before a window. It has no effect: row 0 of every window is marked is_first.
-        before = agent.zero_state(args.batch_size // run.ranks)
+        carry = agent.zero_state(args.batch_size // run.ranks)
         while run.step < args.total_timesteps and not run.stopping():
             if not args.offline:
                 random = run.step < first_update(args, run.ranks)
@@ -1107,7 +1100,7 @@ def train(args: Args, run_dir: Path | None) -> None:
             run.step += args.num_envs * run.ranks
             due = updates_due(args, run.step, agent.updates, run.ranks) if feeder.ready() else 0
             for _ in range(due):
-                metrics = agent.train_step(feeder.next(), before)  # train
+                metrics = agent.train_step(feeder.next(), carry)  # train
                 feeder.prepare()  # draw the next batch while a GPU works on this one
                 if run.stopping(metrics):
                     break  # what is due stays due

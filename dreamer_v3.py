@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 2 dreamer_v3.py --env-id ...    several GPUs
 
 The agent learns a *world model* from replayed sequences. An *actor* and a *critic* then learn from
-trajectories that they imagine in that model. One update (`Agent.learn`):
+trajectories that they imagine in that model. One update (`Agent.train_step`):
 
     batch                 <- B windows of T consecutive rows of the replay buffer
     embed                 <- encoder(image, vector)
@@ -41,7 +41,7 @@ Time alignment. A row of the replay buffer holds what is known when the action i
                 where is_first: (h,z)_{t-1} := the initial state, a_{t-1} := 0
                 world-model loss: [t=0 ... t=T-1], every replayed step
     imagine     s_0 = a posterior state;   a_t ~ actor(s_t), s_{t+1} ~ prior       t = 0 ... H-1
-                critic    [v_0 ... v_{H-1}]   v_H only bootstraps
+                critic    [v_0 ... v_{H-1}]   v_H only bootstraps: R_H = v_H
                 rewards   r_1 ... r_H  and  c_1 ... c_H  from the states 1 ... H
                 actor     [a_0 ... a_{H-1}]   each judged by R_t, the return of its own state
                 weights   w_t = gamma^t c_0 c_1 ... c_t     with c_0 the recorded 1 - is_terminal
@@ -68,7 +68,7 @@ From the paper:
             numbers drown the other losses; V2 squashed rewards by tanh, which hides large rewards.
     [V3-2]  KL as dynamics (0.5) and representation (0.1) loss, free bits of 1 nat for each state,
             Eq. 5. V2 needed another KL scale for each domain; without free bits codes collapse.
-    [V3-3]  1% uniform mixture in latents and discrete policy, lest a KL or log-probability explode.
+    [V3-3]  1% uniform mixture in latents and policy, so that no KL or log-probability explodes.
     [V3-4]  reward head and critic predict a two-hot distribution over 255 symlog buckets, Eq. 8-10.
             A squared error follows rare large returns too slowly, or diverges.
     [V3-5]  returns are divided by their 5-95 percentile range, if above 1, Eq. 11-12. Without it
@@ -81,14 +81,14 @@ From the paper:
     [V3-9]  the output layers of reward head and critic start at zero. Random first returns would
             teach the actor nonsense.
     [V3-10] no weight decay, other rates and clips (Adam's textbook epsilon: code).
-    One setting for all domains (V2: TASKS). Windows are drawn uniformly over all rows, across
-    episodes (ours does so in all versions).
+    One setting for all domains (V2: TASKS).
 From the authors' code only:
     [V3-11] learned initial state (V2: zeros).
-    [V3-12] 4x4 convolutions with "same" padding, down to 4x4 pixels (paper: 3x3); initialisers.
+    [V3-12] convolutions with kernels of 4x4 (paper: 3x3) and "same" padding, down to an image of
+            4x4 pixels; initialisers.
     [V3-13] squared errors of image and vector without the factor 1/2 of a normal distribution.
-    [V3-14] H terms in the actor's loss, an action is judged by the return of the state where it is
-            chosen, as in Eq. 11 (V2: H - 1, the state it leads to); terminal starts weigh zero.
+    [V3-14] H terms in the actor's loss: an action is judged by the return of the state where it is
+            chosen (V2: H - 1, by that of the state it leads to); terminal starts weigh zero.
     [V3-15] continuous actions from a normal (V2: truncated), clipped for model and environment.
 Tags [V1-n] and [V2-n] are explained in dreamer_v1.py and dreamer_v2.py.
 
@@ -101,9 +101,9 @@ Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
     * log1p(|x|) for ln(|x| + 1), torch's variance for E[x^2] - E[x]^2 in LayerNorm: less rounding.
     * The first update is due at --learning-starts (theirs: once B * T windows can be sampled).
     * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action.
-    * --size XXS is ours, for laptops; few of its numbers are the paper's. As their code of 2024, it
-      takes REINFORCE for continuous actions, too, and weighs imagined steps by the probability
-      that the episode goes on (--cont-mean). Their vector networks are 5 x 1024 at any size.
+    * --size XXS is ours, for laptops; few of its numbers are the paper's. Two of its choices are
+      those of their code of 2024: REINFORCE for continuous actions, too, and imagined steps weighed
+      by the probability that the episode goes on (--cont-mean).
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
@@ -391,7 +391,7 @@ class OneHot:
 
     @cached_property
     def logits(self) -> Tensor:
-        """Log-probabilities (..., K); with unimix 0 a probability can be 0, but its log may not."""
+        """Log-probabilities (..., K); without the mixture a probability may round to 0."""
         return self.probs.log() if self.unimix else self.raw.log_softmax(-1)
 
     def sample(self) -> Tensor:
@@ -482,7 +482,7 @@ class TwoHot:
             return symexp(self.logits.softmax(-1) @ self.buckets)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """sum_i twohot(symlog(value))_i ln p_i (...), Eq. 9-10.
+        """sum_i twohot(symlog(value))_i ln p_i (...), Eq. 9.
 
         The weight is split between the two neighbouring buckets, more for the nearer one; a value
         out of range puts all of it on the end bucket.
@@ -504,38 +504,31 @@ class TwoHot:
 def within_unit(action: Tensor) -> Tensor:
     """a / max(1, |a|): the value of clipping to [-1, 1], with gradient 1 / max(1, |a|). [V3-15]
 
-    From the authors' code: the environment clips actions, so the model must see clipped ones; a
-    plain clip has no gradient outside of the bounds and could never bring the actor back.
+    From the authors' code: the environment clips actions, the replay holds them as they were drawn,
+    so the model must clip, too. A plain clip has no gradient outside of the bounds and could never
+    bring the actor back.
     """
     return action / action.detach().abs().clamp(min=1)
 
 
 # ------------------------------------------------------------------------ 5 encoder, decoder, heads
 def init_hidden(layer: nn.Module) -> nn.Module:
-    """Truncated normal whose variance is 1 / average fan (Xavier), cut at two sigma. [V3-12]
+    """Truncated normal of variance 2 / (fan in + fan out), cut at two sigma. [V3-12]
 
-    From the authors' code: 0.8796 is the standard deviation that is left after the cut.
+    From the authors' code, for a layer with a norm behind it; the others have `init_output`.
+    0.8796 is the standard deviation that is left after the cut.
     """
-    std = math.sqrt(1 / average_fan(layer.weight)) / 0.87962566103423978
+    fans = sum(layer.weight.shape[:2]) * layer.weight[0, 0].numel()  # the kernel's area counts
+    std = math.sqrt(2 / fans) / 0.87962566103423978
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     return layer
 
 
 def init_output(layer: nn.Module) -> nn.Module:
-    """Uniform with variance 1 / average fan, bias 0; from the authors' code. [V3-12]
-
-    For every layer without a norm: heads, the statistics of prior and posterior, and the first and
-    the last layer of the decoder.
-    """
-    limit = math.sqrt(3 / average_fan(layer.weight))
-    nn.init.uniform_(layer.weight, -limit, limit)
+    """Glorot uniform weights, zero biases. Gives the layer back."""
+    nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def average_fan(weight: Tensor) -> float:
-    """(fan in + fan out) / 2 of a weight (out, in, *kernel), the kernel's area included."""
-    return (weight.shape[0] + weight.shape[1]) / 2 * weight[0, 0].numel()
 
 
 class Norm(nn.LayerNorm):
@@ -696,8 +689,8 @@ class Decoder(nn.Module):
 
     def image(self, feat: Tensor) -> Tensor:
         """(T, B, F) -> mean image (T, B, I, I, C), in float32; the targets lie in [-0.5, 0.5]."""
-        seed = self.cnn_in(feat).reshape(-1, self.start, self.start, self.cnn[0].in_channels)
-        pixels = self.cnn(seed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        grid = self.cnn_in(feat).reshape(-1, self.start, self.start, self.cnn[0].in_channels)
+        pixels = self.cnn(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:]).float()
 
     def vector(self, feat: Tensor) -> Tensor:
@@ -756,7 +749,7 @@ class RSSM(nn.Module):
         deter = self.initial.tanh()
         return deter, self.prior(deter).mode()
 
-    def action_in(self, action: Tensor) -> Tensor:
+    def project_action(self, action: Tensor) -> Tensor:
         """What an action (..., A) adds to the product of `img_in` (..., U)."""
         return self.img_in.project(within_unit(action))  # [V3-15]
 
@@ -770,15 +763,14 @@ class RSSM(nn.Module):
 
     def img_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """One imagined step: h (N, D), z (N, Z), a (N, A) -> next h (N, D), z ~ prior (N, Z)."""
-        x = self.img_in(stoch, self.action_in(action))  # (N, U)
+        x = self.img_in(stoch, self.project_action(action))  # (N, U)
         next_deter = self.gru(x, deter)  # (N, D)
         return next_deter, self.prior(next_deter).sample()
 
     def obs_step(self, deter: Tensor, stoch: Tensor, action_in: Tensor,
                  embed_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One observed step: h (B, D), z (B, Z) -> next h (B, D), z ~ posterior (B, Z), its `raw`.
-
-        `action_in` and `embed_in` (B, U) are what action and embedding add to the two products.
+        """One observed step: h (B, D), z (B, Z) -> next h (B, D), z ~ posterior (B, Z), and its
+        raw statistics. `action_in`, `embed_in` (B, U): what both add to the two products.
         """
         x = self.img_in(stoch, action_in)  # (B, U)
         next_deter = self.gru(x, deter)  # (B, D)
@@ -787,22 +779,15 @@ class RSSM(nn.Module):
 
     def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, deter: Tensor,
                 stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Posterior states of a sequence.
+        """Infer the states of a sequence from its embeddings and the actions that led to them.
 
-        Args:
-            embed: (T, B, E).
-            prev_action: (T, B, A), the action that led to each observation.
-            is_first: (T, B); there an episode begins: from the initial state, with a zero action.
-            deter, stoch: (B, D) and (B, Z), the state before the first observation.
-
-        Returns:
-            deter (T, B, D), stoch (T, B, Z), and `latent`'s argument for the posterior.
-
-        What does not depend on the previous state is computed for all T at once, so that the loop
-        holds the recurrence alone.
+        `embed` (T, B, E), `prev_action` (T, B, A); `deter` (B, D) and `stoch` (B, Z) before that.
+        Where `is_first` (T, B), an episode begins: with the initial state and a zero action. What
+        does not depend on the previous state is computed for all T at once, so that the loop holds
+        the recurrence alone. Returns deter (T, B, D), stoch (T, B, Z), and raw statistics.
         """
         first_deter, first_stoch = self.initial_state()
-        action_in = self.action_in(prev_action * ~is_first[..., None])  # (T, B, U)
+        action_in = self.project_action(prev_action * ~is_first[..., None])  # (T, B, U)
         embed_in = self.obs_out.project(embed)  # (T, B, U)
         deters, stochs, raws = [], [], []
         for first, action_t, embed_t in zip(is_first[..., None], action_in, embed_in):
@@ -941,12 +926,12 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
 
 def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
             horizon: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Follow the actor through the prior for `horizon` steps from deter (N, D) and stoch (N, Z).
+    """Follow actor and prior for `horizon` steps from deter (N, D) and stoch (N, Z). [V1-1]
     Returns features (H1, N, F), the starts included, actions (H, N, A) and the actor's outputs
     (H, N, A or 2A), from which the losses rebuild the policy without running the actor again.
 
     REINFORCE needs no gradient of the dynamics at all [V2-4]. The actor always sees detached
-    features: its gradient comes through ln pi, or through its actions. [V1-1]
+    features: its gradient comes through ln pi, or through its actions.
     """
     feats, actions, raws = [torch.cat([deter, stoch], -1)], [], []
     for _ in range(horizon):
@@ -1068,14 +1053,14 @@ class Agent(nn.Module):
             self.learn = CudaGraph(self.learn)
 
     def train_step(self, batch: Batch, carry: State) -> dict[str, Tensor]:
-        """One update, from `carry`, the state before the batch; returns scalar metrics."""
+        """One update, from `carry`, the state before row 0; returns scalar metrics."""
         metrics = self.learn(batch, carry)
         self.update_slow_critic()
         self.updates += 1
         return metrics
 
     def learn(self, batch: Batch, carry: State) -> dict[str, Tensor]:
-        """A step of world model, actor and critic. The metrics are still on the device.
+        """A step of world model, actor and critic, all on the device: a CUDA graph records it.
 
         The order is the authors': the world model first, then imagination inside of the *new*
         model, from the posterior states that the *old* one inferred. [V2-10]
@@ -1112,6 +1097,7 @@ class Agent(nn.Module):
                                          weight, self.actor.dynamics, args)  # [V3-14]
         loss_critic = critic_loss(value_dist[:-1], ret, slow_value, weight, args)
         metrics["actor/entropy"] = entropy
+        # Through the dynamics, the actor's loss needs the critic's graph, too.
         actor_grads = self.actor_opt.grads(loss_actor, retain_graph=self.actor.dynamics > 0)
         critic_grads = self.critic_opt.grads(loss_critic)
         actor_norm, critic_norm = (self.actor_opt.apply(actor_grads),
@@ -1183,10 +1169,10 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
     ends = batch.is_first[context:, 0].nonzero()
     length = context + int(ends[0]) if len(ends) else len(batch.reward)
     batch = Batch(*(x if x is None else on_device(x[:length], agent.device) for x in batch))
-    model, before = agent.world_model, agent.zero_state(batch.reward.shape[1])
+    model, carry = agent.world_model, agent.zero_state(batch.reward.shape[1])
     replay_deter, replay_stoch, _ = model.rssm.observe(
-        model.encoder(centre(batch.image), batch.vector), previous_actions(batch, before.action),
-        batch.is_first, before.deter, before.stoch)
+        model.encoder(centre(batch.image), batch.vector), previous_actions(batch, carry.action),
+        batch.is_first, carry.deter, carry.stoch)
     feat = torch.cat([replay_deter, replay_stoch], -1)  # (T, B, F)
 
     imag_deter, imag_stoch = replay_deter[context - 1], replay_stoch[context - 1]
@@ -1195,14 +1181,15 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
         imag_deter, imag_stoch = model.rssm.img_step(imag_deter, imag_stoch, action)
         imag_feat.append(torch.cat([imag_deter, imag_stoch], -1))
 
-    feats = torch.stack([feat[:, :1], torch.stack(imag_feat)[:, :1]])  # (2, T, 1, F)
-    names = ["what happened", "reconstruction", "imagination"]
+    feats = torch.stack([feat[:, 0], torch.stack(imag_feat)[:, 0]], 1)  # (T, 2, F)
     if batch.image is None:
-        vectors = torch.stack([batch.vector[:, 0], *symexp(model.decoder.vector(feats)[:, :, 0])])
-        return dict(zip(names, vectors.cpu().numpy()))
-    images = model.decoder.image(feats.flatten(0, 1)).unflatten(0, (2, -1))[:, :, 0]
-    images = torch.stack([batch.image[:, 0], *((images + 0.5).clamp(0, 1) * 255).round().byte()])
-    return dict(zip(names, images.cpu().numpy()))
+        vectors = symexp(model.decoder.vector(feats))  # (T, 2, V)
+        series = torch.cat([batch.vector[:, :1], vectors], 1)
+    else:
+        pixels = ((model.decoder.image(feats) + 0.5).clamp(0, 1) * 255).round().byte()
+        series = torch.cat([batch.image[:, :1], pixels], 1)
+    names = ["what happened", "reconstruction", "imagination"]
+    return dict(zip(names, series.transpose(0, 1).cpu().numpy()))
 
 
 # ------------------------------------------------------------------------------------- 11 main loop
@@ -1235,7 +1222,7 @@ def train(args: Args, run_dir: Path | None) -> None:
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
         # The state before a window. It has no effect: row 0 of every window is marked is_first.
-        before = agent.zero_state(args.batch_size // run.ranks)
+        carry = agent.zero_state(args.batch_size // run.ranks)
         while run.step < args.total_timesteps and not run.stopping():
             if not args.offline:
                 random = run.step < first_update(args, run.ranks)
@@ -1245,7 +1232,7 @@ def train(args: Args, run_dir: Path | None) -> None:
             run.step += args.num_envs * run.ranks
             due = updates_due(args, run.step, agent.updates, run.ranks) if feeder.ready() else 0
             for _ in range(due):
-                metrics = agent.train_step(feeder.next(), before)  # train
+                metrics = agent.train_step(feeder.next(), carry)  # train
                 feeder.prepare()  # draw the next batch while a GPU works on this one
                 if run.stopping(metrics):
                     break  # what is due stays due

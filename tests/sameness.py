@@ -23,15 +23,15 @@ HUNKS, LINES = 60, 700  # of `git diff --no-index -U0`: at most, and changed lin
 # Versions -> what is byte-identical in them. Of a class that differs: its methods that do not.
 SAME = {
     "12": """
-        Args.env_config Normal OneHot.__init__ Bernoulli init_output Dense Encoder.forward
-        PixelToGrid GridToPixels RSSM.initial_state RSSM.action_in WorldModel.reward WorldModel.cont
+        Args.env_config Normal OneHot.__init__ Bernoulli Dense Encoder.forward PixelToGrid
+        GridToPixels RSSM.initial_state RSSM.project_action WorldModel.reward WorldModel.cont
         Critic.forward critic_loss Optimizer.state_dict Optimizer.load_state_dict open_loop""".split(),
     "123": """
         Args.__post_init__ Args.capacity Batch ReplayBuffer to_batch previous_actions draw_classes
         draw_noise Gaussian.__init__ Gaussian.noise Gaussian.sample Gaussian.mode Gaussian.entropy
-        OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.mean Bernoulli.log_prob Linear
-        Dense.forward SplitDense MLP Head centre Decoder.image Decoder.vector State RSSM.prior
-        RSSM.img_step RSSM.obs_step RSSM.observe lambda_return Optimizer.grads Agent.act
+        OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.mean Bernoulli.log_prob init_output
+        Linear Dense.forward SplitDense MLP Head centre Decoder.image Decoder.vector State
+        RSSM.prior RSSM.img_step RSSM.obs_step RSSM.observe lambda_return Optimizer.grads Agent.act
         Agent.zero_state Agent.autocast Agent.optimizers random_actions first_update updates_due
         main""".split(),
     "23": """
