@@ -12,12 +12,14 @@ is a process of its own: one that crashes or hangs costs itself alone. results/g
 written after each step, so a run that is stopped leaves what it had.
 
 By estimate all steps take half an hour, most of it compiling. Where time is short, first what does not
-need the GPU alone, the three scripts at once with a folder each, then what is timed:
+need the GPU alone, the three scripts at once with a folder each; then what is timed; then compiling:
 
-    for v in v1 v2 v3; do mkdir -p out/$v; python benchmarks/gpu.py --script $v --minutes 5 \\
-        --results out/$v --only parity "losses dreamer_$v float32" "losses dreamer_$v bf16" \\
-        "losses dreamer_$v graph" synchronisation real_run & done; wait
-    python benchmarks/gpu.py --only "speed dreamer_v3 S" "speed dreamer_v2" "speed dreamer_v1" acting
+    for v in v1 v2 v3; do python benchmarks/gpu.py --script $v --minutes 5 --results out/$v --only \\
+        parity "losses dreamer_$v float32" "losses dreamer_$v graph" synchronisation real_run & done; wait
+    python benchmarks/gpu.py --results out --only "speed dreamer_v3 S" "speed dreamer_v2" \\
+        "speed dreamer_v1" acting peer
+    python benchmarks/gpu.py --results out --only "speed dreamer_v3 S bf16 compiled" \\
+        "speed dreamer_v3 S bf16 graph compiled" "losses dreamer_v3"
 """
 
 import importlib
@@ -50,6 +52,7 @@ SIZES = {"dreamer_v3": ("S", "XL"), "dreamer_v2": ("paper",), "dreamer_v1": ("pa
 UPDATES = 5  # a CUDA graph is recorded in the fourth
 SLOWEST = 300.0  # seconds that a step may take
 SAID = 5000  # characters that are kept of what a failed step said
+GAME = "MsPacmanNoFrameskip-v4"
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def losses(script: str, mode: str, **rest) -> dict:
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     module, found = importlib.import_module(script), {}
-    for how in ("drawn", "by rule"):
+    for how in ("drawn", "drawn again", "by rule"):  # what differs between the first two is not exact
         if how == "by rule":
             module.draw_classes = lambda probs: probs.argmax(-1)
             for name in {"draw_noise", "draw_truncated"} & vars(module).keys():
@@ -201,7 +204,7 @@ def acting(device: str, tiny: bool, **rest) -> dict:
 
 def loop(ours: Ours, num_envs: int, seconds: float) -> dict:
     """Act, update once, step the environments, as the main loop does: the GPU works meanwhile."""
-    config = ours.script.EnvConfig("MsPacmanNoFrameskip-v4", action_repeat=4,
+    config = ours.script.EnvConfig(GAME, action_repeat=4,
                                    grayscale=ours.setting["channels"] == 1)
     envs, turns = ours.script.Envs(config, num_envs, seed=0), 0
     try:
@@ -222,7 +225,11 @@ def loop(ours: Ours, num_envs: int, seconds: float) -> dict:
 
 
 def real_run(script: str, device: str, tiny: bool, **_) -> dict:
-    """200 timesteps of the real command: KILLed, resumed, evaluated, made to dream."""
+    """200 timesteps of the real command: KILLed, resumed, evaluated, made to dream.
+
+    Then from its recording alone, which takes no step of an environment: 20 timesteps in one go and
+    in two, which must end with the same weights. And 120 timesteps of continuous actions, by torchrun.
+    """
     flags = ["--total-timesteps", "200", "--learning-starts", "70", "--checkpoint-every", "20",
              "--pretrain", "1", "--max-episode-steps", "60", "--threads", "1"]
     flags += ["--video-every", "100"] if device == "cuda" else ["--no-cuda", "--train-ratio", "20"]
@@ -239,7 +246,7 @@ def real_run(script: str, device: str, tiny: bool, **_) -> dict:
 
         rows = Path(folder)
         with open(rows / "said", "w") as said:
-            first = subprocess.Popen([*command, "--env-id", "MsPacmanNoFrameskip-v4", *flags],
+            first = subprocess.Popen([*command, "--env-id", GAME, *flags],
                                      cwd=folder, stdout=said, stderr=subprocess.STDOUT)
         while first.poll() is None and not any(
                 np.load(path)[1] > 100 for path in rows.glob("runs/*/replay/rows.npy")):
@@ -254,15 +261,40 @@ def real_run(script: str, device: str, tiny: bool, **_) -> dict:
                  "resume": call("--resume", str(run_dir)),
                  "evaluate": call("--evaluate", str(run_dir), "--eval-episodes", "2"),
                  "dream": call("--dream", str(run_dir), "--dream-horizon", "10")}
-        return found | {"dream_bytes": (run_dir / "videos" / "dream.gif").stat().st_size}
+        gif = run_dir / "videos" / "dream.gif"
+        found |= {"dream_bytes": gif.stat().st_size if gif.exists() else 0}
+        recorded = [*flags, "--env-id", GAME, "--offline", str(run_dir), "--checkpoint-every", "10"]
+        whole = [call(*recorded, "--total-timesteps", "20", "--runs-dir", "whole")]
+        parts = [call(*recorded, "--total-timesteps", "10", "--runs-dir", "parts")]
+        parts += [call("--resume", str(path), "--total-timesteps", "20") for path in rows.glob("parts/*")]
+        found["in_parts"] = {"exit_status": max(part["exit_status"] for part in whole + parts),
+                             "said": parts[-1]["said"], "unequal": unequal_tensors(*(
+                                 path / "checkpoint.pt" for name in ("whole", "parts")
+                                 for path in rows.glob(f"{name}/*")))}
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        found["torchrun"] = call("--env-id", "Pendulum-v1", *flags, "--total-timesteps", "120")
+        return found
 
 
-def peer(script: str, tiny: bool, peer_python: str, **_) -> dict:
-    """`speed.py` beside sheeprl, which keeps a record of its own."""
-    done = subprocess.run([sys.executable, str(HERE / "speed.py"), "--script", script, "--peer", "sheeprl",
-                           "--peer-python", peer_python, "--amp", "both", "--rounds", "15",
-                           *["--setting", "tiny"] * tiny], text=True, capture_output=True)
-    return {"exit_status": done.returncode, "said": (done.stdout + done.stderr)[-3000:]}
+def unequal_tensors(*checkpoints: Path) -> list[str]:
+    """Names of the weights that differ between two checkpoints; of neither, if one is missing."""
+    if len(checkpoints) != 2:
+        return ["there are no two checkpoints"]
+    one, other = (torch.load(path, map_location="cpu", weights_only=True)["agent"]
+                  for path in checkpoints)
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def peer(script: str, tiny: bool, peer_python: str, results: str, **_) -> dict:
+    """`speed.py` beside sheeprl, eager and with our CUDA graph; it keeps records of its own."""
+    found = {}
+    for graph in ("no-cuda-graph", "cuda-graph") if torch.cuda.is_available() else ("no-cuda-graph",):
+        done = subprocess.run([
+            sys.executable, str(HERE / "speed.py"), "--script", script, "--peer", "sheeprl", f"--{graph}",
+            "--peer-python", peer_python, "--amp", "both", "--rounds", "15", "--results", results,
+            *["--setting", "tiny"] * tiny], text=True, capture_output=True)
+        found[graph] = {"exit_status": done.returncode, "said": (done.stdout + done.stderr)[-3000:]}
+    return found
 
 
 STEPS = {step.__name__: step for step in (
@@ -296,7 +328,7 @@ def plan(options: Options) -> dict[str, tuple[str, dict]]:
                 script=script, mode="bf16" if tiny else "bf16 graph", size=SIZES[script][0]) | common
             if options.peer_python:
                 steps[f"peer {script}"] = "peer", dict(
-                    script=script, peer_python=options.peer_python) | common
+                    script=script, peer_python=options.peer_python, results=options.results) | common
     for script in scripts if not tiny else ():
         steps |= speeds(script, SIZES[script][1:], modes, common)
     return {name: step for name, step in steps.items()
@@ -314,7 +346,7 @@ def carry_out(function: str, arguments: dict, seconds: float) -> dict:
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
         command = [sys.executable, __file__, "step", function, json.dumps(arguments), answer.name]
         with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              start_new_session=True) as process:
+                              process_group=0) as process:  # not a session: it must end with us
             try:
                 said, _ = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
@@ -348,8 +380,9 @@ def summary(steps: dict[str, dict]) -> str:
             plain = steps.get(f"losses {script} {base}", {}).get(how)
             if plain and not name.endswith(" float32"):
                 worst = [difference(*pair) for pair in zip(plain, found[how])]
+                again = max(map(difference, found["drawn"], found["drawn again"]))
                 lines.append(f"{name}: differs from {base} by {worst[0]:.2e} in the first update, "
-                             f"by {max(worst):.2e} at most in {UPDATES} ({how})")
+                             f"by {max(worst):.2e} at most in {UPDATES} ({how}), from itself by {again:.2e}")
         elif name.startswith("synchronisation"):
             lines.append(f"{name}: none")
         elif name.startswith("acting"):
@@ -357,8 +390,10 @@ def summary(steps: dict[str, dict]) -> str:
                 f"{key} {value:.2f}" if isinstance(value, float) else
                 f"{key} {value['timesteps_per_second']:.0f} timesteps/s" for key, value in found.items() if key != "took"))
         elif name.startswith("real_run"):
-            codes = [found[key]["exit_status"] for key in ("resume", "evaluate", "dream")]
-            lines.append(f"{name}: killed at {found['killed_at']}, exit statuses {codes}")
+            codes = {key: part["exit_status"] for key, part in found.items()
+                     if isinstance(part, dict) and part["exit_status"]}
+            lines.append(f"{name}: killed at {found['killed_at']}, failed: {codes or 'nothing'}; "
+                         f"in parts {len(found['in_parts']['unequal'])} tensors differ")
     rows = ["| script, size, mode | updates/s | host ms | peak GB | kernels | first update s |",
             "|---|---|---|---|---|---|"]
     rows += [f"| {name.removeprefix('speed ')} | {found['updates_per_second']:.3g} "
@@ -382,6 +417,7 @@ def main() -> None:
                           "memory": torch.cuda.get_device_properties(0).total_memory}
     stamp = time.strftime("%Y%m%d%H%M%S", time.gmtime(begin))
     path = Path(options.results) / f"gpu_{options.device}_{stamp}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     for name, (function, arguments) in plan(options).items():
         left = begin + 60 * options.minutes - time.time()
         start = time.time()

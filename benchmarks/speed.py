@@ -76,6 +76,8 @@ class Options:
     """bfloat16; auto: both where the processor multiplies it natively, otherwise off."""
     compile: bool = False
     """torch.compile on our side; its time is reported apart."""
+    cuda_graph: bool = False
+    """On our side: each update is one CUDA graph."""
     peer_compile: bool = False
     """The same on the peer's side."""
     threads: int = 0
@@ -90,6 +92,8 @@ class Options:
     """Print where an update of ours spends its time, and nothing else."""
     note: str = ""
     """Kept with the result, e.g. "busy machine"."""
+    results: str = str(HERE / "results")
+    """Folder of the record."""
     table: bool = False
     """Print the table of all results, as Markdown, and measure nothing."""
     write: bool = False
@@ -160,7 +164,8 @@ def start_sides(options: Options) -> dict[str, Process]:
     sides, old = {}, Path(options.old).resolve()
     for bf16 in options.precisions:
         setting = {name: getattr(options, name) for name in (
-            "script", "sizes", "horizon", "actions", "discrete", "channels", "threads")}
+            "script", "sizes", "horizon", "actions", "discrete", "channels", "threads",
+            "cuda_graph")}
         setting |= {"bf16": bf16, "pcont": options.presets.get("pcont")}
         precision = "bf16" if bf16 else "float32"
         if options.peer:
@@ -168,7 +173,7 @@ def start_sides(options: Options) -> dict[str, Process]:
             sides[name] = Process(options.peer_python, f"side_{options.peer}.py",
                                   setting | {"compile": options.peer_compile})
         setting["compile"] = options.compile
-        compiled = [precision] + ["compiled"] * options.compile
+        compiled = [precision] + ["graph"] * options.cuda_graph + ["compiled"] * options.compile
         if options.old:
             sides[" ".join(["old", *compiled])] = Process(
                 sys.executable, "side_ours.py",
@@ -221,7 +226,7 @@ def measure_more(sides: dict[str, Process], results: dict, options: Options) -> 
     """What is counted, not timed, and what was asked for."""
     ours = [name for name in sides if name.startswith("ours")]
     for name, side in sides.items():
-        if "compiled" not in name:
+        if not {"compiled", "graph"} & set(name.split()):
             results[name] |= side.ask("flops")
     for name in ours * options.scaling:
         results[name]["scaling"] = scaling(sides[name], options)
@@ -282,7 +287,8 @@ def start_record(kind: str, options) -> dict:
     now = datetime.datetime.now(datetime.UTC)
     dirty = "-dirty" if git("status", "--porcelain", "-uno") else ""
     return {"kind": kind, "date": f"{now:%Y-%m-%d %H:%M:%S} UTC",
-            "commit": git("rev-parse", "HEAD") + dirty, "machine": machine(),
+            "commit": (git("rev-parse", "HEAD") or os.environ.get("COMMIT", "")) + dirty,
+            "machine": machine(),
             "options": vars(options) | {  # no path of this machine
                 "peer_python": Path(options.peer_python).name, "old": Path(options.old).name}}
 
@@ -290,10 +296,11 @@ def start_record(kind: str, options) -> dict:
 def save(record: dict) -> Path:
     """Write one result."""
     options = record["options"]
+    folder = Path(options.pop("results", HERE / "results"))
     stamp = "".join(c for c in record["date"] if c.isdigit())
     name = f"{record['kind']}_{options['script']}_{options['setting']}_{stamp}.json"
-    path = HERE / "results" / name
-    path.parent.mkdir(exist_ok=True)
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
@@ -343,7 +350,7 @@ def remark(record: dict) -> str:
     options, commit = record["options"], record["commit"]
     what = [options["script"], size_name(options) if "size" in options else "",
             f"--threads {options['threads']}" if options.get("threads") else "",
-            "compiled" * options.get("compile", False)]
+            "graph" * options.get("cuda_graph", False), "compiled" * options.get("compile", False)]
     note = f"; {options['note']}" if options.get("note") else ""
     return f"{' '.join(filter(None, what))} ({commit[:9]}{commit[40:]}{note})"
 
@@ -354,9 +361,9 @@ def latest_records() -> list[dict]:
     records = [json.loads(path.read_text()) for path in HERE.glob("results/*.json")]
     for record in sorted((r for r in records if "kind" in r), key=lambda r: r["date"]):
         options = record["options"] = {"script": "dreamer_v3"} | record["options"]
-        keys = ("script", "setting", "size", "threads", "compile", "amp")
+        keys = ("script", "setting", "size", "threads", "compile", "cuda_graph", "amp")
         if options.get("peer") or not options.get("old"):
-            latest[(record["kind"], place(record), *(options.get(k) for k in keys))] = record
+            latest[(record["kind"], place(record), *(options.get(k) or None for k in keys))] = record
     return [latest[key] for key in sorted(latest, key=str)]
 
 

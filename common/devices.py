@@ -238,14 +238,15 @@ class CudaGraph:
             return self.run_aside(batch, *constants)
         if self.graph is None:
             self.inputs = type(batch)(*(None if x is None else x.clone() for x in batch))
-            self.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             gc.collect()  # what is freed while it records, such as an older graph, would spoil it
             gc.disable()
             try:
-                with torch.cuda.graph(self.graph):  # records, and runs nothing
+                with torch.cuda.graph(graph):  # records, and runs nothing
                     self.outputs = self.function(self.inputs, *constants)
             finally:
                 gc.enable()
+            self.graph = graph
         for target, source in zip(self.inputs, batch):
             if target is not None:
                 target.copy_(source)

@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import gpu
 import learning
 import speed
+import torch
 import whole_run
 
 
@@ -107,11 +108,20 @@ def test_gpu_benchmark_on_a_cpu(monkeypatch, tmp_path, capsys):
     assert list(steps) == [name for name in gpu.plan(gpu.Options(device="cpu")) if name.startswith(only)]
     assert "no such size" in steps["speed dreamer_v2 no such size bf16"]["said"]
     assert "losses dreamer_v1 bf16: differs from float32 by" in said
-    for how in ("drawn", "by rule"):
+    for how in ("drawn", "drawn again", "by rule"):
         first = steps["losses dreamer_v1 float32"][how][0]
         assert len(first) >= 5 and gpu.difference(first, steps["losses dreamer_v1 bf16"][how][0]) < 0.05
-    assert "killed at 1" in said and "exit statuses [0, 0, 0]" in said
-    assert steps["real_run dreamer_v1"]["dream_bytes"] > 1000
+    assert "killed at 1" in said and "failed: nothing; in parts 0 tensors differ" in said
+    real = steps["real_run dreamer_v1"]
+    assert real["dream_bytes"] > 1000 and real["in_parts"]["said"] and real["torchrun"]["said"]
+
+
+def test_gpu_benchmark_tells_unequal_weights(tmp_path):
+    paths = [tmp_path / name for name in ("one.pt", "other.pt")]
+    for path, value in zip(paths, (1.0, 2.0)):
+        torch.save({"agent": {"same": torch.zeros(2), "changed": torch.full((2,), value)}}, path)
+    assert gpu.unequal_tensors(*paths) == ["changed"] and not gpu.unequal_tensors(*paths[:1] * 2)
+    assert gpu.unequal_tensors(paths[0])
 
 
 def test_gpu_benchmark_without_a_gpu_or_without_time(monkeypatch, tmp_path, capsys):
