@@ -68,7 +68,7 @@ From the paper:
             numbers drown the other losses; V2 squashed rewards by tanh, which hides large rewards.
     [V3-2]  KL as dynamics (0.5) and representation (0.1) loss, free bits of 1 nat for each state,
             Eq. 5. V2 needed another KL scale for each domain; without free bits codes collapse.
-    [V3-3]  1% uniform mixture in latents and policy, so that no KL or log-probability explodes.
+    [V3-3]  1% uniform mixture in latents and discrete policy: no KL or log-probability explodes.
     [V3-4]  reward head and critic predict a two-hot distribution over 255 symlog buckets, Eq. 8-10.
             A squared error follows rare large returns too slowly, or diverges.
     [V3-5]  returns are divided by their 5-95 percentile range, if above 1, Eq. 11-12. Without it

@@ -102,7 +102,7 @@ def side(script: str, device: str, size: str, mode: str, tiny: bool) -> Ours:
 
 
 def losses(script: str, mode: str, **rest) -> dict:
-    """Losses of the first updates: from one seed, and with a rule in the place of random draws.
+    """Losses of the first updates: twice from one seed, and with a rule in place of random draws.
 
     Compiled code draws other numbers than plain code does from the same seed; a graph does not.
     """
@@ -264,20 +264,22 @@ def real_run(script: str, device: str, tiny: bool, **_) -> dict:
         gif = run_dir / "videos" / "dream.gif"
         found |= {"dream_bytes": gif.stat().st_size if gif.exists() else 0}
         recorded = [*flags, "--env-id", GAME, "--offline", str(run_dir), "--checkpoint-every", "10"]
+        recorded += ["--train-ratio", "20" if tiny else "2500"]  # an update a timestep, or more
         whole = [call(*recorded, "--total-timesteps", "20", "--runs-dir", "whole")]
         parts = [call(*recorded, "--total-timesteps", "10", "--runs-dir", "parts")]
         parts += [call("--resume", str(path), "--total-timesteps", "20") for path in rows.glob("parts/*")]
+        saved = [path for name in ("whole", "parts") for path in rows.glob(f"{name}/*/checkpoint.pt")]
+        updates = [torch.load(path, map_location="cpu", weights_only=True)["updates"] for path in saved]
         found["in_parts"] = {"exit_status": max(part["exit_status"] for part in whole + parts),
-                             "said": parts[-1]["said"], "unequal": unequal_tensors(*(
-                                 path / "checkpoint.pt" for name in ("whole", "parts")
-                                 for path in rows.glob(f"{name}/*")))}
+                             "said": parts[-1]["said"], "updates": updates,
+                             "unequal": unequal_tensors(*saved)}
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         found["torchrun"] = call("--env-id", "Pendulum-v1", *flags, "--total-timesteps", "120")
         return found
 
 
 def unequal_tensors(*checkpoints: Path) -> list[str]:
-    """Names of the weights that differ between two checkpoints; of neither, if one is missing."""
+    """Names of the weights that differ between two checkpoints; a message if there are not two."""
     if len(checkpoints) != 2:
         return ["there are no two checkpoints"]
     one, other = (torch.load(path, map_location="cpu", weights_only=True)["agent"]
