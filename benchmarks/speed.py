@@ -393,9 +393,12 @@ def table() -> str:
 
 
 def brief() -> str:
-    """The rows for the README: each script at the authors' setting beside the peer, not compiled."""
-    rows = []
-    for record in latest_records():
+    """The rows for the README: each script at the authors' setting beside the peer, not compiled.
+
+    Of one script in one precision the latest measurement on machines of one name.
+    """
+    rows = {}
+    for record in sorted(latest_records(), key=lambda record: record["date"]):
         options, sides = record["options"], record.get("sides", {})
         if record["kind"] != "speed" or options["setting"] != "size" or not options["peer"]:
             continue
@@ -405,11 +408,12 @@ def brief() -> str:
                 seconds = [f"{statistics.median(side['update']):.3g}" for side in (theirs, ours)]
                 memory = [f"{side['peak_memory'] / 1e9:.1f}" for side in (theirs, ours)]
                 share = ratios(ours["update"], theirs["update"])[1]
-                cells = [f"{options['script']} {options['size']}, {name.split()[1]}", *seconds,
-                         f"{share:.2f}", " / ".join(memory), place(record), record["commit"][:9]]
-                rows.append(f"| {' | '.join(cells)} |")
+                what = f"{options['script']} {options['size']}, {name.split()[1]}"
+                rows[what, place(record)] = [what, *seconds, f"{share:.2f}", " / ".join(memory),
+                                             place(record), record["commit"][:9]]
     head = ["", "sheeprl s/update", "ours s/update", "share", "GB, theirs / ours", "machine", "commit"]
-    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|",
+                      *(f"| {' | '.join(rows[key])} |" for key in sorted(rows))])
 
 
 def other_line(record: dict) -> str:

@@ -145,6 +145,8 @@ def test_generated_tables_are_not_stale():
     for marks, table in ((speed.MARKS, speed.brief()), (learning.MARKS, learning.table())):
         shown = readme.partition(marks[0] + "\n")[2].partition("\n" + marks[1])[0]
         assert shown == table
+    lines = len((ROOT / "dreamer_v3.py").read_text().splitlines())
+    assert f"| {lines:,} in one file |" in readme
     assert speed.table() in (ROOT / "benchmarks" / "results" / "speed.md").read_text()
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
 
 from common import envs as envs_module
 from common.envs import (
@@ -477,9 +478,27 @@ def test_packages_that_register_their_ids(monkeypatch, env_id, package, module):
     assert "unknown environment id" in error_of(EnvConfig(env_id))  # it was imported, at least
 
 
-def test_the_wrapper_of_the_readme(monkeypatch, tmp_path):
-    """For Crafter, or, where that is not installed, for something that behaves like it."""
-    lines = (ROOT / "README.md").read_text().partition("<!-- crafter:begin -->\n")[2]
+def test_the_task_of_the_readme(monkeypatch, tmp_path):
+    """The newcomer's first environment: twenty steps, and a reward for the largest of three numbers."""
+    lines = (ROOT / "README.md").read_text().partition("<!-- my_task:begin -->\n")[2]
+    code = textwrap.dedent(lines.partition("<!-- my_task:end -->")[0])
+    (tmp_path / "my_task.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    steps = []
+    with closing(Envs(EnvConfig("my_task:MyTask-v1"), 1, 0)) as envs:
+        steps.append(envs.reset())
+        while len(steps) < 42:  # the best action in the first episode, the worst in the second
+            goal = steps[-1].vector * (1 if len(steps) < 21 else -1)
+            steps.append(envs.step(np.eye(3, dtype=np.float32)[goal.argmax(-1)]))
+    assert [i for i, step in enumerate(steps) if step.is_last] == [20, 41]
+    assert [float(step.reward[0]) for step in steps] == [0.0] + 20 * [1.0] + 21 * [0.0]
+    assert not any(step.is_terminal for step in steps)  # a time limit
+    check_env(gym.make("my_task:MyTask-v1").unwrapped)
+
+
+def test_the_wrapper_for_crafter(monkeypatch, tmp_path):
+    """Crafter, or, where that is not installed, something that behaves like it."""
+    lines = (ROOT / "common" / "README.md").read_text().partition("<!-- crafter:begin -->\n")[2]
     code = textwrap.dedent(lines.partition("<!-- crafter:end -->")[0])
     is_real = importlib.util.find_spec("crafter") is not None
     if not is_real:
