@@ -175,6 +175,6 @@ def dream(args, run_dir: Path, agent, open_loop, to_batch) -> list[Path]:
     paths = [run_dir / "videos" / "dream.gif", run_dir / "videos" / "dream.png"]
     paths[0].parent.mkdir(exist_ok=True)
     paths[0].write_bytes(gif_bytes(side_by_side(videos, args.dream_context)))
-    save_strip(paths[1], np.stack(list(videos.values())), every=max(1, length // 10))
+    save_strip(paths[1], videos, args.dream_context, every=max(1, length // 10))
     print("what happened | reconstruction | imagination:", *paths)
     return paths

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SEEN, IMAGINED, OTHER, PAPER, INK = (60, 190, 90), (255, 140, 0), (90,) * 3, (24,) * 3, (235,) * 3
 GREY, LANE = (130,) * 3, (44,) * 3
-BORDER, TITLE, GAP = 4, 26, 2  # pixels
+BORDER, TITLE = 4, 26  # pixels
 LINES = [(86, 180, 233), (230, 159, 0), (0, 190, 140), (240, 228, 66),
          (204, 121, 167), (213, 94, 0), (150, 150, 255), (190, 230, 120)]
 
@@ -36,14 +36,6 @@ def gif_bytes(frames: np.ndarray, fps: float = 15) -> bytes:
     return buffer.getvalue()
 
 
-def save_strip(path: Path | str, rows: np.ndarray, every: int = 1, scale: int = 2) -> None:
-    """Write a PNG: each of the (R, T, H, W, C) videos is a row of its every-th frames."""
-    tiles = enlarge(to_rgb(rows[:, ::every]), scale)
-    tiles = np.pad(tiles, [(0, 0), (0, 0), (0, GAP), (0, GAP), (0, 0)], constant_values=255)
-    R, T, H, W, _ = tiles.shape
-    Image.fromarray(tiles.transpose(0, 2, 1, 3, 4).reshape(R * H, T * W, 3)).save(path)
-
-
 def panel(frame: np.ndarray, title: str, ink: tuple, border: tuple) -> np.ndarray:
     """One frame in a border, with its title above in the largest type up to 15 that fits."""
     width, height = frame.shape[1] + 2 * BORDER, frame.shape[0] + 2 * BORDER
@@ -57,22 +49,35 @@ def panel(frame: np.ndarray, title: str, ink: tuple, border: tuple) -> np.ndarra
     return np.asarray(page)
 
 
-def side_by_side(videos: dict[str, np.ndarray], context: int, scale: int = 0) -> np.ndarray:
-    """(T, H', W', 3): the titled videos next to each other, such as truth | model | imagination.
+def panels(videos: dict[str, np.ndarray], t: int, context: int, scale: int = 0) -> list[np.ndarray]:
+    """Frame t of each of the titled videos, such as truth | model | imagination, as a `panel`.
 
     The last one is the open-loop one. Its border is green while the model is shown the frames, and
     from t >= context, when it imagines on its own, orange; the title then counts the steps.
     scale = 0 enlarges them to about 200 pixels.
     """
     *others, last = videos
-    scale, pages = scale or max(1, round(200 / videos[last].shape[2])), []
-    for t in range(len(videos[last])):
-        frames = {title: enlarge(to_rgb(video[t]), scale) for title, video in videos.items()}
-        colour = IMAGINED if t >= context else SEEN
-        label = f"{last} +{t - context + 1}" if t >= context else last
-        panels = [panel(frames[title], title, INK, OTHER) for title in others]
-        pages.append(np.concatenate([*panels, panel(frames[last], label, colour, colour)], axis=1))
-    return np.stack(pages)
+    scale = scale or max(1, round(200 / videos[last].shape[2]))
+    frames = {title: enlarge(to_rgb(video[t]), scale) for title, video in videos.items()}
+    colour = IMAGINED if t >= context else SEEN
+    label = f"{last} +{t - context + 1}" if t >= context else last
+    return [*(panel(frames[title], title, INK, OTHER) for title in others),
+            panel(frames[last], label, colour, colour)]
+
+
+def side_by_side(videos: dict[str, np.ndarray], context: int, scale: int = 0) -> np.ndarray:
+    """(T, H', W', 3): the titled videos next to each other."""
+    length = len(next(iter(videos.values())))
+    return np.stack([np.concatenate(panels(videos, t, context, scale), axis=1)
+                     for t in range(length)])
+
+
+def save_strip(path: Path | str, videos: dict[str, np.ndarray], context: int, every: int = 1,
+               scale: int = 2) -> None:
+    """Write a PNG: each of the titled videos (T, H, W, C) is a row of its every-th frames."""
+    length = len(next(iter(videos.values())))
+    columns = [np.concatenate(panels(videos, t, context, scale)) for t in range(0, length, every)]
+    Image.fromarray(np.concatenate(columns, axis=1)).save(path)
 
 
 def curves(vectors: np.ndarray, size: int = 192) -> np.ndarray:

@@ -46,9 +46,16 @@ def test_gif(tmp_path, fps, delay):
 
 
 def test_strip(tmp_path):
-    stack = np.stack([moving_square(C=1), moving_square(C=1)])
-    video.save_strip(tmp_path / "a.png", stack, every=2, scale=3)
-    assert Image.open(tmp_path / "a.png").size == (3 * (20 * 3 + 2), 2 * (16 * 3 + 2))
+    videos = {"truth": moving_square(), "dream": moving_square(C=1)}
+    video.save_strip(tmp_path / "a.png", videos, context=3, every=2, scale=3)  # frames 0, 2, 4
+    strip = np.asarray(Image.open(tmp_path / "a.png"))
+    rows, columns = np.split(strip, 2), 3
+    assert strip.shape == (2 * (26 + 48 + 8), columns * (60 + 8), 3)
+    borders = [tile[-1, 0].tolist() for row in rows for tile in np.split(row, columns, axis=1)]
+    assert borders == 3 * [[*video.OTHER]] + 2 * [[*video.SEEN]] + [[*video.IMAGINED]]
+    assert (rows[0][26 + 4:-4, -64:-4] == video.enlarge(moving_square()[4], 3)).all()
+    titles = [tile[:26] for tile in np.split(rows[1], columns, axis=1)]
+    assert (titles[0] == titles[1]).all() and (titles[1] != titles[2]).any()  # "dream +2"
 
 
 def test_side_by_side_marks_the_imagination():
