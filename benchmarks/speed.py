@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Literal
 
@@ -279,7 +279,8 @@ def machine() -> dict:
             "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "load_average": os.getloadavg()[0], "python": platform.python_version()} | {
-            name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py")}
+            name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py", "mujoco")
+            if list(distributions(name=name))}
 
 
 def start_record(kind: str, options) -> dict:
@@ -410,7 +411,7 @@ def brief() -> str:
                 share = ratios(ours["update"], theirs["update"])[1]
                 what = f"{options['script']} {options['size']}, {name.split()[1]}"
                 rows[what, place(record)] = [what, *seconds, f"{share:.2f}", " / ".join(memory),
-                                             place(record), record["commit"][:9]]
+                                             place(record), record["commit"][:9] + record["commit"][40:]]
     head = ["", "sheeprl s/update", "ours s/update", "share", "GB, theirs / ours", "machine", "commit"]
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|",
                       *(f"| {' | '.join(rows[key])} |" for key in sorted(rows))])
