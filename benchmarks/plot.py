@@ -3,9 +3,10 @@
     pip install matplotlib
     python benchmarks/plot.py run RUN_DIR OUT_FOLDER --title Boxing --task boxing
     python benchmarks/plot.py results laptop benchmarks/results/laptop.png
+    python benchmarks/plot.py results boxing OUT.png --also FOLDER/curve.json
 
 `run` draws one run directory (and keeps its curve as JSON), `results` what learning.py has kept of a set of
-tasks: mean over the seeds, and from the least to the greatest of them.
+tasks: mean over the seeds, and from the least to the greatest of them; or each episode of a single one.
 """
 
 import csv
@@ -30,6 +31,7 @@ SAME_TASK = {  # in learning.py -> there
     "boxing": "boxing", "atari100k_boxing": "boxing", "atari100k_mspacman": "ms_pacman",
     "atari100k_pong": "pong", "control_walker": "walker_walk", "control_swingup": "cartpole_swingup",
 }
+PALE = "0.75"  # theirs
 COLOURS = {"dreamer_v1": "tab:green", "dreamer_v2": "tab:orange", "dreamer_v3": "tab:blue"}
 
 
@@ -46,7 +48,7 @@ def published_curves(task: str | None) -> list[Curve]:
 def draw_published(axes: plt.Axes, task: str | None) -> None:
     """Each seed as a grey line."""
     for number, curve in enumerate(published_curves(task)):
-        axes.plot(*zip(*curve), color="0.75", linewidth=1,
+        axes.plot(*zip(*curve), color=PALE, linewidth=1,
                   label="published, each seed" * (number == 0) or None)
 
 
@@ -69,21 +71,32 @@ def mean_and_range(curves: list[Curve], points: int = 60) -> tuple[np.ndarray, n
     return edges[1:], returns
 
 
-def results(name: str, out: Path, /) -> None:
-    """Draw what learning.py has kept of a set of tasks."""
+def results(name: str, out: Path, /, also: tuple[Path, ...] = ()) -> None:
+    """Draw what learning.py has kept of a set of tasks, and in each of them what `run` has kept."""
     tasks = [task for task in SETS[name] if [*HERE.glob(f"results/learning_*_{task}_?.csv")]]
-    figure, grid = plt.subplots(1, len(tasks), figsize=(3 * len(tasks), 2.6), squeeze=False)
+    figure, grid = plt.subplots(1, len(tasks), figsize=(max(5, 3 * len(tasks)), 2.6), squeeze=False)
     for axes, task in zip(grid[0], tasks):
         draw_published(axes, SAME_TASK.get(task))
         for script in COMMANDS:
             paths = sorted(HERE.glob(f"results/learning_{script}_{task}_?.csv"))
-            if paths:
-                frames, returns = mean_and_range([kept_curve(path) for path in paths])
+            curves = [kept_curve(path) for path in paths]
+            if len(curves) == 1:
+                axes.plot(*zip(*curves[0]), "o-", markersize=3, color=COLOURS[script],
+                          label=f"{script}, seed {paths[0].stem[-1]}")
+            elif curves:
+                frames, returns = mean_and_range(curves)
                 axes.plot(frames, returns.mean(0), color=COLOURS[script],
-                          label=f"{script}, {len(paths)} seed{'s' * (len(paths) > 1)}")
+                          label=f"{script}, {len(paths)} seeds")
                 axes.fill_between(frames, returns.min(0), returns.max(0), color=COLOURS[script],
                                   alpha=0.2, linewidth=0)
+        for path in also:
+            kept = json.loads(path.read_text())
+            axes.plot(*zip(*kept["frames_and_returns"]), "o--", markersize=3,
+                      label=f"seed {kept['args']['seed']}, {path.parent.name}")
         axes.set(title=task.replace("_", " "), xlabel="frames")
+        own = [line.get_xdata()[-1] for line in axes.lines if line.get_color() != PALE]
+        if task in SAME_TASK:
+            axes.set_xlim(0, 2 * max(own))
         axes.legend(fontsize=6)
     grid[0][0].set_ylabel("return while training")
     figure.tight_layout()

@@ -5,13 +5,19 @@ import itertools
 import json
 import re
 import sys
+import types
 
+import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+import dreamer_v3
+from common.envs import EnvSpec
+from common.vector import EnvStep
 from tests.conftest import ROOT, SCRIPTS
 
 sys.path.append(str(ROOT / "benchmarks"))
+import foresight
 import gpu
 import learning
 import speed
@@ -136,6 +142,53 @@ def test_gpu_benchmark_without_a_gpu_or_without_time(monkeypatch, tmp_path, caps
     gpu.main()
     record, = (json.loads(path.read_text()) for path in tmp_path.iterdir())
     assert {step["skipped"] for step in record["steps"].values()} == {"no time left"}
+
+
+# ---- foresight.py --------------------------------------------------------------------------------
+
+class Foreseeing:
+    """An agent that knows all: the reward of a row is the sum of the actions since its window began."""
+
+    __module__ = "dreamer_v3"
+    spec, device = EnvSpec(None, 1, 1, False), torch.device("cpu")
+    args = types.SimpleNamespace(clip_rewards="none")
+
+    def __init__(self):
+        rssm = types.SimpleNamespace(observe=self.observe, img_step=lambda d, s, a: (d + a, s))
+        self.world_model = types.SimpleNamespace(
+            rssm=rssm, encoder=lambda image, vector: vector,
+            reward=lambda feat: types.SimpleNamespace(mean=lambda: feat[..., 0]))
+        self.actor = type("Actor", (), {"__call__": lambda self, feat: feat, "policy": lambda self, raw: (
+            types.SimpleNamespace(sample=lambda: torch.full((*raw.shape[:-1], 1), 0.5)))})()
+
+    def zero_state(self, rows):
+        return types.SimpleNamespace(deter=torch.zeros(rows, 1), stoch=torch.zeros(rows, 1),
+                                     action=torch.zeros(rows, 1))
+
+    def observe(self, embed, prev_action, is_first, deter, stoch):
+        return prev_action.cumsum(0), torch.zeros_like(prev_action), None
+
+
+def test_foresight_compares_each_reward_with_what_was_said_of_it(tmp_path):
+    options = foresight.Options(tmp_path, rows=200, length=20, warmup=4, horizon=3)
+    actions = np.random.default_rng(0).integers(-1, 2, 200).astype(np.float32)
+    (tmp_path / "replay").mkdir()
+    replay = dreamer_v3.ReplayBuffer(tmp_path / "replay", Foreseeing.spec, 200, 1, 0)
+    no, zero = np.zeros(1, bool), np.zeros(1, np.float32)
+    for t, action in enumerate(actions):
+        reward = actions[t // 20 * 20:t].sum()
+        obs = EnvStep(None, zero[None], zero + reward, no, no, no, zero, zero)
+        replay.add(obs, zero[None] + action)
+    found = foresight.foresight(Foreseeing(), options)
+    rewards = np.array([actions[t // 20 * 20:t].sum() for t in range(180)]).reshape(9, 20)
+    assert found.keys() == {"with the observation", "1 ahead", "3 ahead", "policy"}
+    for name, since in (("with the observation", 4), ("1 ahead", 5), ("3 ahead", 7)):
+        asked = rewards[:, since:]
+        assert found[name]["positive real"] == found[name]["positive seen"] == asked[asked > 0].sum() > 0
+        assert found[name]["negative real"] == found[name]["negative seen"] == asked[asked < 0].sum() < 0
+        assert found[name]["zero seen"] == 0
+    assert found["policy"]["real"] == pytest.approx(rewards.mean())
+    assert found["policy"]["imagined"] == pytest.approx(rewards[:, 4:].mean() + 0.5 * (1 + 2 + 3) / 3)
 
 
 # ---- Tables in the README ------------------------------------------------------------------------
