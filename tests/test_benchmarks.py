@@ -166,6 +166,7 @@ class Foreseeing:
                                      action=torch.zeros(rows, 1))
 
     def observe(self, embed, prev_action, is_first, deter, stoch):
+        assert is_first[0].all()  # what was before the window is unknown
         return prev_action.cumsum(0), torch.zeros_like(prev_action), None
 
 
