@@ -199,7 +199,7 @@ class Args(RunArgs):
     model_eps: float | None = None  # Adam epsilon
     model_clip: float = 100.0  # Gradient clipping by global norm
     kl_scale: float | None = None  # Scale of the KL loss, beta
-    free_nats: float | None = None  # Mean KL that is not pushed any further
+    free_nats: float | None = None  # Mean KL below which the KL loss no longer pushes
     pcont_scale: float | None = None  # Scale of the loss of --pcont
 
     # The training: actor and critic
@@ -230,7 +230,7 @@ class Args(RunArgs):
             "expl_amount", "expl_decay", "expl_min", "sticky"}, shares={
             "sticky": 1, "gamma": 1, "return_lambda": 1})
         if (self.imag_horizon or 2) < 2:
-            raise UserError("--imag-horizon is 1; returns take at least 2 steps.")
+            raise UserError("--imag-horizon is 1; of H steps H - 1 train the actor: at least 2.")
         check_lengths(self)
 
     @property
@@ -718,7 +718,7 @@ class WorldModel(nn.Module):
         return Normal(self.reward_head(feat).squeeze(-1))
 
     def cont(self, feat: Tensor) -> Bernoulli:
-        """(..., F) -> distribution of "the episode goes on" (...), its mean times gamma."""
+        """(..., F) -> distribution (...) whose mean is gamma times P(the episode goes on)."""
         return Bernoulli(self.cont_head(feat).squeeze(-1))
 
 
@@ -788,8 +788,8 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
         losses["vector"] = -Normal(model.decoder.vector(feat)).log_prob(batch.vector).sum(-1)
     losses["reward"] = -model.reward(feat).log_prob(reward)
     if args.pcont:
-        going_on = args.gamma * (~batch.is_terminal).float()  # (T, B)
-        losses["cont"] = -args.pcont_scale * model.cont(feat).log_prob(going_on)
+        discount = args.gamma * (~batch.is_terminal).float()  # (T, B)
+        losses["cont"] = -args.pcont_scale * model.cont(feat).log_prob(discount)
     kl = post.kl(prior)  # (T, B)
     losses["kl"] = args.kl_scale * mean_over_ranks(kl).clamp(min=args.free_nats)  # [V1-7]
     metrics["latent/kl"] = kl

@@ -41,26 +41,26 @@ Time alignment. A row of the replay buffer holds what is known when the action i
                 where is_first: (h,z)_{t-1} := the initial state, a_{t-1} := 0
                 world-model loss: [t=0 ... t=T-1], every replayed step
     imagine     s_0 = a posterior state;   a_t ~ actor(s_t), s_{t+1} ~ prior       t = 0 ... H-1
-                critic    [v_0 ... v_{H-1}]   v_H only bootstraps
+                critic    [v_0 ... v_{H-1}]   its slow copy v' bootstraps
                 rewards   r_0 ... r_{H-1}  and discounts  d_0 ... d_{H-1}  from the states 0 ... H-1
                 actor     [a_0 ... a_{H-2}]   a_t judged by V_{t+1}, of the state that it leads to
                 weights   w_t = d_0 ... d_{t-1}    d_0 = gamma, with --pcont times 1 - is_terminal
-                target    V_t = r_t + d_t ((1 - lambda) v_{t+1} + lambda V_{t+1}),     V_H = v_H
+                target    V_t = r_t + d_t ((1 - lambda) v'_{t+1} + lambda V_{t+1}),   V_H = v'_H
 
 Symbols (paper -> code), and the sizes that the shape comments name, time-major
     x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
-    a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
-    gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
-    sg()  .detach()       q(z|h,x)  post       p(z|h)  prior
+    a_t  action           r_t  reward   gamma_t  cont (d_t above)     V^lambda_t  ret (V_t above)
+    gamma  args.gamma     lambda  args.return_lambda    eta  args.actor_entropy
+    alpha  args.kl_balance        beta  args.kl_scale        rho  1 - actor.dynamics
+    v_t  value_dist       v'_t  value    sg()  .detach()     q(z|h,x)  post    p(z|h)  prior
     Dimension key
     T  replay time, 50     B  batch, 16     N = T * B  imagination starts, 800            (Atari)
     H  imagination horizon, 15     H1  H + 1     G  H - 1     A  action, 9     P  environments, 1
     E  embedding, 1536     D  deterministic state, 600     S, K  latents and classes, 32 each
     Z = S * K  stochastic state, 1024     F = D + Z  feature, 1624     U  hidden units, 600
     V  vector observation     I, I, C  image, 64 64 1
-    Equations of the paper: 1 RSSM; 2 world_model_loss; 3 Actor and Critic; 4 lambda_return;
-    5 critic_loss; 6 actor_loss. The paper writes V^lambda_t for the return (V_t above),
-    gamma_t for the discount (d_t above); `cont` predicts it: gamma (1 - end)
+    Equations of the paper: 1 RSSM, WorldModel; 2 world_model_loss; 3 Actor and Critic;
+    4 lambda_return; 5 critic_loss; 6 actor_loss. `cont` predicts gamma (1 - end)
 
 What changed since DreamerV1 (each tag stands where the change happens), and what it is good for.
 From the paper:
@@ -69,7 +69,8 @@ From the paper:
     [V2-2]  KL balancing, 0.8 for the prior and 0.2 for the posterior. Without it the posterior is
             pulled to a prior that has not learnt yet, and loses information.
     [V2-4]  REINFORCE with a baseline for discrete actions: a gradient that has come back through H
-            straight-through samples is biased. Continuous actions keep it: its variance is lower.
+            straight-through samples is biased. Continuous actions keep that gradient: its
+            variance is lower.
     [V2-5]  an entropy bonus. V1 added noise to the actions instead.
     [V2-6]  the critic's targets come from a copy of it that is renewed every 100 updates. Targets
             that move with every update chase themselves. (The baseline, too: authors' code.)
@@ -81,8 +82,9 @@ From the authors' code only:
     [V2-3]  GRU with one LayerNorm over its gates (V1: the plain GRU); the paper saw little benefit.
     [V2-7]  the start of an imagined trajectory is its element 0: the critic learns there, too.
     [V2-10] the world model makes its step before the imagination (V1: all three losses first).
-    Batches of 16, gamma 0.999, an update every 16 timesteps (paper: 50, 0.995, 4): PAPER, TASKS.
-    H - 1 actor terms: an action is credited with the return of the state that it leads to.
+    Batches of 16, an update every 16 timesteps (paper: 50, 4), gamma 0.999 (paper: that, and 0.995
+    in its table): PAPER, TASKS. The game's own actions alone (paper: all 18).
+    An action is credited with the return of the state that it leads to (Eq. 6: of its own).
 Tags [V1-n] are explained in dreamer_v1.py.
 
 Deviation (from the authors' code, danijar/dreamerv2 07d906e)
@@ -92,15 +94,18 @@ Deviation (from the authors' code, danijar/dreamerv2 07d906e)
     * --size XXS is ours, for laptops.
     * A row holds the action chosen at its observation (theirs: the one that led to it). Since a
       window starts with is_first, which zeroes that action, the maths is the same.
-    * Windows are drawn as in V3: uniformly from one ring, the running episode included; they may
-      cross the end of an episode, where is_first resets the state. Theirs lie within complete
-      episodes of at least T rows, drawn uniformly whatever their length, on Atari more at the end.
+    * Windows are drawn as in V3: uniformly from the ring of one environment, the running episode
+      included; they may cross the end of an episode, where is_first resets the state. Theirs are
+      from complete episodes of at least T rows: an episode is drawn uniformly whatever its length,
+      a window in it, on Atari, with a preference for its end.
     * Training begins in the middle of an episode (theirs finishes it); the action repeat is 1
-      (Atari: 4) unless asked for, theirs is 2 for control.
+      (Atari: 4) unless asked for, theirs is 2 for control. The row that ends an episode counts as a
+      timestep (theirs: decisions alone). Theirs makes one update more when training begins.
     * The truncated normal is drawn by its inverse distribution function. Its gradient is theirs:
       d sample / d mean = 1 and d sample / d std = (sample - mean) / std, which ignores the bounds.
     * charts/episodic_return is that of training (theirs: also of test episodes).
-    * `--clip-rewards clip` is ours; theirs has `sign`.
+    * `--clip-rewards clip` is ours; theirs has `sign`, and also Gaussian latents, other forms of
+      the KL, heads that do not train the model, noise on actions, and a preset for Crafter.
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
@@ -199,10 +204,10 @@ class Args(RunArgs):
     model_eps: float | None = None  # Adam epsilon
     model_clip: float = 100.0  # Gradient clipping by global norm
     kl_scale: float | None = None  # Scale of the KL loss, beta
-    free_nats: float | None = None  # Mean KL that is not pushed any further
+    free_nats: float | None = None  # Mean KL below which the KL loss no longer pushes
     pcont_scale: float | None = None  # Scale of the loss of --pcont
     kl_balance: float = 0.8  # Share of the KL loss that trains the prior, alpha
-    weight_decay: float = 1e-6  # Share of every weight taken off at each update
+    weight_decay: float = 1e-6  # Share of every weight, actor's and critic's too, off at an update
 
     # The training: actor and critic
     imag_horizon: int | None = None  # Imagination horizon, H
@@ -235,7 +240,7 @@ class Args(RunArgs):
             "kl_balance": 1, "weight_decay": 1, "slow_fraction": 1, "sticky": 1,
             "actor_grad_mix": 1, "gamma": 1, "return_lambda": 1})
         if (self.imag_horizon or 2) < 2:
-            raise UserError("--imag-horizon is 1; returns take at least 2 steps.")
+            raise UserError("--imag-horizon is 1; of H steps H - 1 train the actor: at least 2.")
         check_lengths(self)
 
     @property
@@ -798,7 +803,7 @@ class WorldModel(nn.Module):
         return Normal(self.reward_head(feat).squeeze(-1))
 
     def cont(self, feat: Tensor) -> Bernoulli:
-        """(..., F) -> distribution of "the episode goes on" (...), its mean times gamma."""
+        """(..., F) -> distribution (...) whose mean is gamma times P(the episode goes on)."""
         return Bernoulli(self.cont_head(feat).squeeze(-1))
 
 
@@ -852,6 +857,7 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
         L    = -ln p(x_t|s_t) - ln p(r_t|s_t) - pcont_scale ln p(gamma_t|s_t) + beta KL
         KL   = alpha max(free, mean KL[ sg(q(z_t|h_t,x_t)) || p(z_t|h_t) ])     trains the prior
          + (1 - alpha) max(free, mean KL[ q(z_t|h_t,x_t) || sg(p(z_t|h_t)) ])     the posterior
+    The two KL are Algorithm 2; pcont_scale, the free nats and their mean are the authors' code.
 
     Returns the terms, the posterior states deter (T, B, D) and stoch (T, B, Z), and statistics.
     """
@@ -874,8 +880,8 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
         losses["vector"] = -Normal(model.decoder.vector(feat)).log_prob(batch.vector).sum(-1)
     losses["reward"] = -model.reward(feat).log_prob(reward)
     if args.pcont:
-        going_on = args.gamma * (~batch.is_terminal).float()  # (T, B)
-        losses["cont"] = -args.pcont_scale * model.cont(feat).log_prob(going_on)
+        discount = args.gamma * (~batch.is_terminal).float()  # (T, B)
+        losses["cont"] = -args.pcont_scale * model.cont(feat).log_prob(discount)
     # [V2-2] Both have the same value; they differ in which side learns.
     kl_dyn, kl_rep = post.detach().kl(prior), post.kl(prior.detach())
     dyn, rep = (mean_over_ranks(kl).clamp(min=args.free_nats) for kl in (kl_dyn, kl_rep))
@@ -923,14 +929,15 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_:
 def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline: Tensor,
                weight: Tensor, dynamics: float, args: Args) -> tuple[Tensor, Tensor]:
     """Loss of the actor as a scalar, and the policy's entropy (G, N). Eq. 6:
-        L = -mean w_t ( rho ln pi(a_t|s_t) sg(V_{t+1} - v_t) + (1 - rho) V_{t+1} + eta H[pi(s_t)] )
+        L = -mean w_t ( rho ln pi(a_t|s_t) sg(V_{t+1} - v'_t) + (1 - rho) V_{t+1} + eta H[pi(s_t)])
     REINFORCE is rho = 1, dynamics rho = 0. That the return is the one of the next state (Eq. 6: of
     the same) is the authors' code. w_t are the discounts before t, multiplied. Through the dynamics
-    the gradient comes by reward, discount and value. All tensors are (G, N), `dynamics` is 1 - rho.
+    the gradient comes by reward, discount and value. All but `action` (G, N, A) are (G, N);
+    `dynamics` is 1 - rho.
     """
     objective = ret  # [V1-2]
     if dynamics < 1:  # [V2-4]
-        chosen = action if dynamics else action.detach()
+        chosen = action if dynamics else action.detach()  # in `both`, ln pi pulls at it, too
         reinforce = policy.log_prob(chosen) * (ret - baseline).detach()  # (G, N)
         objective = dynamics * ret + (1 - dynamics) * reinforce  # (G, N)
     entropy = policy.entropy()  # [V2-5]
@@ -1065,8 +1072,7 @@ class Agent(nn.Module):
                                          value[:-2], weight[:-1], self.actor.dynamics, args)
         loss_critic = critic_loss(value_dist, ret, weight)
         metrics["actor/entropy"] = entropy
-        # Through the dynamics, the actor's loss needs the critic's graph, too.
-        actor_grads = self.actor_opt.grads(loss_actor, retain_graph=self.actor.dynamics > 0)
+        actor_grads = self.actor_opt.grads(loss_actor)
         critic_grads = self.critic_opt.grads(loss_critic)
         actor_norm, critic_norm = (self.actor_opt.apply(actor_grads),
                                    self.critic_opt.apply(critic_grads))
@@ -1080,7 +1086,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:
-        """Copy the critic to the slow critic, after updates 1, 101, 201, ... [V2-6]"""
+        """Copy the critic to the slow critic, after updates 1, 1 + slow_every, ... [V2-6]"""
         if self.updates % self.args.slow_every:
             return
         rate = 1.0 if self.updates == 0 else self.args.slow_fraction
