@@ -1,4 +1,4 @@
-"""DreamerV1: dream to control, behaviours by latent imagination (arXiv 1912.01603v3), one file.
+"""DreamerV1: dream to control, by latent imagination (arXiv 1912.01603v3), in one file.
 
     python dreamer_v1.py --env-id MsPacmanNoFrameskip-v4      train (discrete actions)
     python dreamer_v1.py --env-id CarRacing-v3 --action-repeat 2          continuous actions
@@ -70,33 +70,36 @@ From the paper:
             PlaNet, before it, searched for actions anew at every step and saw no further than H.
     [V1-2]  the actor follows the gradient of the return itself, back through the dynamics.
     [V1-3]  lambda-returns, which end in the critic's value, look beyond the horizon.
-    [V1-4]  where ends are predicted, they are discounts: an imagined episode fades out.
+    [V1-4]  where ends are predicted, the discount is gamma times the chance of going on: an
+            imagined episode fades out.
     [V1-5]  each term is weighted by the discounts before it. Without it the end of an imagined
             trajectory counts as much as its start, though it may never be reached. (By
             gamma^(t-1) where no end is predicted: authors' code.)
     [V1-6]  noise on the actions while data is collected: normal, or a random action.
-    [V1-7]  free nats: while the batch's mean KL is below them, it has no gradient. (The mean, not
-            each KL: authors' code, and so are 400 units, paper: 300, and 2 to 4 layers, paper: 3.)
+    [V1-7]  free nats: while the batch's mean KL is below them, the KL has no gradient. (The mean,
+            not each KL: authors' code.)
+From the authors' code only: 400 units (paper: 300), 2 to 4 layers (paper: 3).
 
 Deviation (from the authors' code, danijar/dreamer 56d4d44)
     * No update is spent on building the variables.
     * bfloat16 is the default where the hardware supports it, from 256 units on (theirs: float16
       with loss scaling). `--amp off` is float32. State and acting stay in float32.
     * --size XXS is ours, for laptops, and so are vector observations.
-    * A row holds the action chosen at its observation (theirs: the one that led to it). They feed
-      the first action of a window into a zero state; here it is zero.
+    * A row holds the action chosen at its observation (theirs: the one that led to it). Theirs
+      feeds the action before a window into the zero state; here that action is zero.
     * Windows are drawn from one ring, uniformly, the running episode and the last step of each
       included; they may cross the end of an episode, where is_first resets the state. Theirs lie
-      in complete episodes, drawn uniformly whatever their length, without the last step.
+      in complete episodes of more than T rows, drawn uniformly whatever their length, without the
+      last step.
     * The ring has an end (--buffer-size); they keep every episode.
     * Latent noise is drawn for each row; theirs is one vector for a batch: it looks accidental.
     * Updates are spread over the timesteps (theirs: 100 at once, every 1,000 frames). Our counts
-      are timesteps, theirs frames: the same at an action repeat of 2.
+      are timesteps (--expl-decay: frames), theirs frames: the same at an action repeat of 2.
     * Discrete actions take the paper's setting without asking (TASKS), with exploration drawn for
       each environment; theirs adds normal noise and predicts no end, unless told otherwise.
-      The chance of a random action is halved every 200,000 frames, which is the form of their code
-      (paper: from 0.4 to 0.1, linearly, over the first 200,000 updates).
-    * With --pcont starts that are terminal have weight zero; their windows hold no terminal state.
+      The chance of a random action is halved every 200,000 frames, so from 0.4 to 0.1 in 400,000:
+      their form, our number (paper: linearly, over 200,000 updates, here 4 million frames).
+    * With --pcont terminal starts have weight zero; the authors' windows hold no terminal state.
     * Images are resized by area (theirs: bilinear); `--clip-rewards clip` is ours;
       charts/episodic_return is that of training, with its noise (theirs: also of test episodes).
     * Random and other episodes are not played to their end before training goes on.
@@ -230,7 +233,7 @@ class Args(RunArgs):
             "expl_amount", "expl_decay", "expl_min", "sticky"}, shares={
             "sticky": 1, "gamma": 1, "return_lambda": 1})
         if (self.imag_horizon or 2) < 2:
-            raise UserError("--imag-horizon is 1; of H steps H - 1 train the actor: at least 2.")
+            raise UserError("--imag-horizon is 1; an imagined trajectory takes at least 2 steps.")
         check_lengths(self)
 
     @property
@@ -765,7 +768,8 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     """Scaled loss terms of the world model, (T, B) or scalars, over every replayed step. Eq. 10:
         L = -ln p(x_t|s_t) - ln p(r_t|s_t) - pcont_scale ln p(gamma_t|s_t)
             + beta max(free_nats, mean KL[ q(z_t|h_t,x_t) || p(z_t|h_t) ])
-    ln p(gamma_t|s_t) and the limit of the mean are from the authors' code.
+    ln p(gamma_t|s_t) is the paper's for discrete control; pcont_scale and the limit of the mean are
+    the authors' code.
 
     Returns the terms, the posterior states deter (T, B, D) and stoch (T, B, Z), and statistics.
     """
@@ -798,7 +802,7 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
 
 def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
             horizon: int) -> Tensor:
-    """Follow the actor through the prior for `horizon` steps [V1-1], from (N, D) and (N, Z).
+    """Follow actor and prior for `horizon` steps from deter (N, D) and stoch (N, Z). [V1-1]
     Returns features (H1, N, F), the starts included.
     The gradient comes back through the dynamics [V1-2], but the actor always sees detached
     features: its gradient comes through its actions alone.
@@ -935,9 +939,9 @@ class Agent(nn.Module):
         loss_model = sum(loss.mean() for loss in losses.values())
         model_grads = self.model_opt.grads(loss_model)  # applied below
 
-        # Imagination, from every posterior state (with --pcont but the last of each window)
+        # Imagination, from every posterior state
         with self.autocast():
-            if args.pcont:  # the last state of a window could be terminal
+            if args.pcont:  # but the last of each window, which could be terminal
                 deter, stoch = deter[:-1], stoch[:-1]
             feat = imagine(model, self.actor, deter.flatten(0, 1), stoch.flatten(0, 1),
                            args.imag_horizon)[1:]  # (H, N, F)
@@ -957,6 +961,7 @@ class Agent(nn.Module):
         # Actor and critic
         loss_actor = actor_loss(ret, weight)
         loss_critic = critic_loss(Normal(value[:-1]), ret, weight)
+        # Through the dynamics, the actor's loss needs the critic's graph, too.
         actor_grads = self.actor_opt.grads(loss_actor, retain_graph=True)
         critic_grads = self.critic_opt.grads(loss_critic)
         model_norm = self.model_opt.apply(model_grads)

@@ -240,7 +240,7 @@ class Args(RunArgs):
             "kl_balance": 1, "weight_decay": 1, "slow_fraction": 1, "sticky": 1,
             "actor_grad_mix": 1, "gamma": 1, "return_lambda": 1})
         if (self.imag_horizon or 2) < 2:
-            raise UserError("--imag-horizon is 1; of H steps H - 1 train the actor: at least 2.")
+            raise UserError("--imag-horizon is 1; an imagined trajectory takes at least 2 steps.")
         check_lengths(self)
 
     @property

@@ -269,7 +269,7 @@ def test_dream_writes_pictures(copied, cli, tmp_path):
     for name in made:
         assert Path(name).name in done.out
         with Image.open(copied / name) as image:
-            assert image.width > image.height > 0
+            assert min(image.size) > 50
             if image.format == "GIF":
                 assert image.n_frames == 5
 
