@@ -735,7 +735,7 @@ class Actor(nn.Module):
         outputs = spec.action_dim if spec.discrete else 2 * spec.action_dim
         self.head = Head(feat_dim, args.units, args.actor_layers, outputs)
         self.min_std, std = args.actor_min_std, args.actor_init_std
-        self.raw_std = std + math.log(-math.expm1(-std))  # softplus of it is `std`
+        self.std_offset = std + math.log(-math.expm1(-std))  # softplus of it is `std`
 
     def forward(self, feat: Tensor) -> Tensor:
         """(..., F) -> parameters of the policy (..., A), or (..., 2A) for continuous actions."""
@@ -745,7 +745,7 @@ class Actor(nn.Module):
         """Distribution of actions from `forward`'s output: one-hot, or from mean and deviation."""
         if not self.discrete:
             mean, raw_std = raw.chunk(2, -1)  # a mean within 5, a deviation of 5 at first
-            std = F.softplus(raw_std + self.raw_std) + self.min_std
+            std = F.softplus(raw_std + self.std_offset) + self.min_std
             return TanhNormal(5 * (mean / 5).tanh(), std)
         return OneHot(raw)
 
@@ -875,8 +875,8 @@ class Optimizer:
         """Take one step; returns the global norm of the gradients before clipping."""
         norm = nn.utils.get_total_norm(grads)
         clipped = torch._foreach_mul(grads, self.clip / norm.clamp(min=self.clip))
-        # Adam with its epsilon beside sqrt(v) before the correction for the start, as TensorFlow
-        # has it: at the first step it counts 30 times more than the same epsilon in PyTorch.
+        # Adam that adds epsilon to sqrt(v) before the bias correction, as TensorFlow does: at the
+        # first step it counts 30 times more than the same epsilon in PyTorch.
         self.count += 1
         torch._foreach_lerp_(self.mean, clipped, 1 - 0.9)
         torch._foreach_mul_(self.square, 0.999)

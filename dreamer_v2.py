@@ -979,8 +979,8 @@ class Optimizer:
         norm = nn.utils.get_total_norm(grads)
         clipped = torch._foreach_mul(grads, self.clip / norm.clamp(min=self.clip))
         torch._foreach_mul_(self.params, 1 - self.decay)  # [V2-9] every weight, biases too
-        # Adam with its epsilon beside sqrt(v) before the correction for the start, as TensorFlow
-        # has it: at the first step it counts 30 times more than the same epsilon in PyTorch.
+        # Adam that adds epsilon to sqrt(v) before the bias correction, as TensorFlow does: at the
+        # first step it counts 30 times more than the same epsilon in PyTorch.
         self.count += 1
         torch._foreach_lerp_(self.mean, clipped, 1 - 0.9)
         torch._foreach_mul_(self.square, 0.999)

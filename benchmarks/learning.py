@@ -97,6 +97,8 @@ class Options:
     """One run each."""
     parallel: int = 1
     """Runs at the same time; on the small tasks each has one thread."""
+    threads: int | None = None
+    """Instead of the command's, for a run that has the machine to itself; kept with the result."""
     limit: float = 60.0
     """Minutes after which a run is stopped and evaluated as it is."""
     episodes: int = 20
@@ -197,8 +199,9 @@ def run(job: Job, options: Options, code: Code) -> dict:
     key = hashlib.sha256(f"{code.digest_of(job.script)} {job.flags}".encode()).hexdigest()[:12]
     log = folder / f"{job.name}_{key}.log"
     begun = run_directory(log)
-    _, stopped = call(code, job.script, f"--resume {begun}" if begun else
-                      f"{job.flags} --runs-dir {folder}", log, options.limit, "a")
+    threads = f" --threads {options.threads}" if options.threads else ""
+    _, stopped = call(code, job.script, (f"--resume {begun}" if begun else
+                      f"{job.flags} --runs-dir {folder}") + threads, log, options.limit, "a")
     run_dir = run_directory(log)
     greedy = switch(code.folder / f"{job.script}.py", "eval-greedy", True)
     evaluation, _ = call(
@@ -213,8 +216,9 @@ def run(job: Job, options: Options, code: Code) -> dict:
     seconds = write_curve(run_dir, job.result.with_suffix(".csv"))
     record = {"command": f"python {job.script}.py {job.flags}", "commit": code.commit,
               "code": code.digest_of(job.script), "machine": machine(), "note": options.note,
-              "parallel": options.parallel, "target": TARGETS[job.script].get(job.task),
-              "stopped_by_limit": stopped, "minutes": round(seconds / 60, 1),
+              "parallel": options.parallel, "threads": options.threads,
+              "target": TARGETS[job.script].get(job.task), "stopped_by_limit": stopped,
+              "minutes": round(seconds / 60, 1),
               "timesteps": timesteps, "updates": updates, "mean": statistics.mean(returns),
               "worst": min(returns), "best": max(returns), "returns": returns}
     job.result.write_text(json.dumps(record, indent=1) + "\n")
