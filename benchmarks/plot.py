@@ -32,6 +32,7 @@ SAME_TASK = {  # in learning.py -> there
     "atari100k_pong": "pong", "control_walker": "walker_walk", "control_swingup": "cartpole_swingup",
 }
 PALE = "0.75"  # theirs
+FEW = 10  # episodes of a run, of which each is drawn as a point
 COLOURS = {"dreamer_v1": "tab:green", "dreamer_v2": "tab:orange", "dreamer_v3": "tab:blue"}
 
 
@@ -80,20 +81,22 @@ def results(name: str, out: Path, /, also: tuple[Path, ...] = ()) -> None:
         for script in COMMANDS:
             paths = sorted(HERE.glob(f"results/learning_{script}_{task}_?.csv"))
             curves = [kept_curve(path) for path in paths]
-            if len(curves) == 1:
-                axes.plot(*zip(*curves[0]), "o-", markersize=3, color=COLOURS[script],
-                          label=f"{script}, seed {paths[0].stem[-1]}")
+            if len(curves) == 1 or any(len(curve) < FEW for curve in curves):
+                for path, curve, line in zip(paths, curves, ("o-", "s--", "^:") * len(paths)):
+                    axes.plot(*zip(*curve), line, markersize=3, color=COLOURS[script],
+                              label=f"{script}, seed {path.stem[-1]}")
             elif curves:
                 frames, returns = mean_and_range(curves)
                 axes.plot(frames, returns.mean(0), color=COLOURS[script],
                           label=f"{script}, {len(paths)} seeds")
                 axes.fill_between(frames, returns.min(0), returns.max(0), color=COLOURS[script],
                                   alpha=0.2, linewidth=0)
-        for path in also:
+        for path, colour in zip(also, ("tab:red", "tab:purple") * len(also)):
             kept = json.loads(path.read_text())
-            axes.plot(*zip(*kept["frames_and_returns"]), "o--", markersize=3,
-                      label=f"seed {kept['args']['seed']}, {path.parent.name}")
+            axes.plot(*zip(*kept["frames_and_returns"]), "o-", markersize=3, color=colour,
+                      label=f"seed {kept['args']['seed']}, in {path.parent.name}/", zorder=1)
         axes.set(title=task.replace("_", " "), xlabel="frames")
+        axes.xaxis.set_major_locator(plt.MaxNLocator(5))
         own = [line.get_xdata()[-1] for line in axes.lines if line.get_color() != PALE]
         if task in SAME_TASK:
             axes.set_xlim(0, 2 * max(own))
