@@ -110,20 +110,9 @@ Deviation (from the authors' code, danijar/dreamer 56d4d44)
 
 # ---------------------------------------------------------------------------------------- 1 imports
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-# `common` first: from then on, Ctrl-C during the imports is one line.
-from common.cli import RunArgs, check_lengths, check_numbers, fill, one_line_errors, parse
-from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, mean_over_ranks,
-                            on_device, use_bf16)
-from common.envs import EnvConfig, EnvSpec, default_action_repeat
-from common.files import UserError
-from common.play import dream, evaluate, load_agent
-from common.rings import Rings
-from common.runs import Run
-from common.vector import Envs, EnvStep
 
 import numpy as np
 import torch
@@ -131,110 +120,109 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.cli import RunArgs, one_line_errors, parse
+from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, mean_over_ranks,
+                            on_device, use_bf16)
+from common.disk import UserError
+from common.envs import EnvConfig
+from common.play import dream, evaluate, load_agent
+from common.rings import Rings
+from common.run import Run
+from common.spaces import EnvSpec
+from common.vector import Envs, EnvStep
+
 SCRIPT = Path(__file__).stem
 
 # ------------------------------------------------------------------------------------------- 2 Args
-PAPER = dict(
-    deter=200, hidden=200, units=400, reward_layers=2, critic_layers=3, pcont_layers=3,
-    actor_layers=4, depth=32, mlp_units=400, mlp_layers=4, stoch=30, batch_size=50,
-    batch_length=50, total_timesteps=2_500_000, buffer_size=1_000_000, train_ratio=500.0,
-    learning_starts=2500, pretrain=100, model_lr=6e-4, model_eps=1e-7, actor_lr=8e-5,
-    actor_eps=1e-7, critic_lr=8e-5, critic_eps=1e-7, actor_min_std=1e-4, grayscale=False,
-    gamma=0.99, free_nats=3.0, pcont_scale=10.0, eval_greedy=True)
+TASKS = {  # what the paper changes for discrete control, and the authors for continuous control
+    "atari": dict(
+        action_repeat=4, sticky=0.25, clip_rewards="tanh", imag_horizon=10, kl_scale=0.1,
+        expl_amount=0.4, expl_min=0.1, expl_decay=200_000.0),
+    "control": dict(action_repeat=2, pcont=False)}
 SIZES = {  # XXS is ours, for laptops and tests
-    "XXS": PAPER | dict(deter=128, hidden=128, units=128, reward_layers=2, critic_layers=2,
-                        pcont_layers=2, actor_layers=2, depth=8, mlp_units=128, mlp_layers=2,
-                        batch_size=16, batch_length=16, train_ratio=64.0, total_timesteps=100_000,
-                        learning_starts=500, model_lr=1e-3, actor_lr=1e-4, critic_lr=1e-3,
-                        gamma=0.98, kl_scale=0.01, free_nats=0.0, clip_rewards="none",
-                        imag_horizon=15, expl_amount=0.3, expl_decay=8000.0, expl_min=0.0),
-    "paper": PAPER,
-}
-TASKS = {  # the paper's settings for discrete and for continuous control: what --size leaves open
-    "discrete": dict(pcont=True, imag_horizon=10, kl_scale=0.1, clip_rewards="tanh",
-                     expl_amount=0.4, expl_min=0.1, expl_decay=200_000.0, sticky=0.25),
-    "continuous": dict(pcont=False, imag_horizon=15, kl_scale=1.0, clip_rewards="none",
-                       expl_amount=0.3, expl_min=0.0, expl_decay=0.0, sticky=0.0),
+    "XXS": dict(
+        deter=128, hidden=128, units=128, reward_layers=2, critic_layers=2, pcont_layers=2,
+        actor_layers=2, depth=8, mlp_units=128, mlp_layers=2, batch_size=16, batch_length=16,
+        train_ratio=64.0, total_timesteps=100_000, learning_starts=500, model_lr=1e-3,
+        actor_lr=1e-4, critic_lr=1e-3, gamma=0.98, kl_scale=0.01, free_nats=0.0,
+        clip_rewards="none", imag_horizon=15, expl_amount=0.3, expl_decay=8000.0, expl_min=0.0),
+    "paper": {},
 }
 
 
 @dataclass(frozen=True)
-class Args(RunArgs):
-    """Every setting of the algorithm, beside those of any run. None: see the tables above."""
+class Settings:
+    """Every setting of the algorithm; a resume keeps all but the rates and the length."""
 
-    # The task (a resume keeps these)
     env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
-    num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
-    action_repeat: int | None = None  # Times that an action is repeated (None: 4 on Atari, else 1)
-    grayscale: bool | None = None  # Images in shades of grey
-    clip_rewards: Literal["none", "tanh", "clip"] | None = None  # How rewards are squashed
-    pixels: bool = False  # Observe the rendered picture instead of what the environment gives
-    sticky: float | None = None  # Atari: chance that the last action is repeated
-
-    # The length
-    total_timesteps: int | None = None  # Decisions of the agent; frames = these x action repeat
-
-    # The size (a resume keeps these)
+    total_timesteps: int = 2_500_000  # Decisions of the agent; frames = these x action repeat
     size: Literal["XXS", "paper"] = "paper"  # Preset; XXS is for laptops
-    pcont: bool | None = None  # Predict when an episode ends
-    deter: int | None = None  # GRU recurrent units, size of h_t
-    hidden: int | None = None  # Hidden units inside the RSSM
-    depth: int | None = None  # CNN multiplier: channels of the first stage
-    mlp_units: int | None = None  # Units of vector en- and decoder
-    mlp_layers: int | None = None  # Layers of vector en- and decoder
-    units: int | None = None  # Dense hidden units of the heads
-    reward_layers: int | None = None  # MLP layers of the reward head
-    critic_layers: int | None = None  # MLP layers of the critic
-    pcont_layers: int | None = None  # MLP layers of the head that predicts ends
-    actor_layers: int | None = None  # MLP layers of the actor
-    stoch: int | None = None  # Size of z_t
+    num_envs: int = 1  # Environments, each in a process of its own; per torchrun process
+    action_repeat: int = 1  # Times that an action is repeated (Atari: 4, DeepMind Control: 2)
+    pixels: bool = False  # Observe the rendered picture instead of what the environment gives
+    grayscale: bool = False  # Images in shades of grey
+    sticky: float = 0.0  # Atari: chance that the last action is repeated
+    clip_rewards: Literal["none", "tanh", "clip"] = "none"  # How rewards are squashed
+    pcont: bool = True  # Predict when an episode ends
 
-    # The training: replay (a resume keeps these)
-    train_ratio: float | None = None  # Replayed timesteps per collected one
-    batch_size: int | None = None  # Sequences per batch, B
-    batch_length: int | None = None  # Timesteps per sequence, T
-    learning_starts: int | None = None  # Timesteps of uniformly random actions first
-    buffer_size: int | None = None  # Replay capacity in timesteps, first in, first out
-    pretrain: int | None = None  # Updates that are made at once when training begins
+    train_ratio: float = 500.0  # Replayed timesteps per collected one
+    batch_size: int = 50  # Sequences per batch, B
+    batch_length: int = 50  # Timesteps per sequence, T
+    learning_starts: int = 2500  # Windows of T timesteps that random actions fill first
+    buffer_size: int = 1_000_000  # Replay capacity in timesteps, first in, first out
+    pretrain: int = 100  # Updates that are made at once when training begins
 
-    # The training: world model
-    model_lr: float | None = None  # Learning rate of the world model
-    model_eps: float | None = None  # Adam epsilon
+    deter: int = 200  # GRU recurrent units, size of h_t
+    hidden: int = 200  # Hidden units inside the RSSM
+    depth: int = 32  # CNN multiplier: channels of the first stage
+    mlp_units: int = 400  # Units of vector en- and decoder
+    mlp_layers: int = 4  # Layers of vector en- and decoder
+    units: int = 400  # Dense hidden units of the heads
+    reward_layers: int = 2  # MLP layers of the reward head
+    critic_layers: int = 3  # MLP layers of the critic
+    pcont_layers: int = 3  # MLP layers of the head that predicts ends
+    actor_layers: int = 4  # MLP layers of the actor
+    stoch: int = 30  # Size of z_t
+
+    model_lr: float = 6e-4  # Learning rate of the world model
+    model_eps: float = 1e-7  # Adam epsilon
     model_clip: float = 100.0  # Gradient clipping by global norm
-    kl_scale: float | None = None  # Scale of the KL loss, beta
-    free_nats: float | None = None  # Mean KL below which the KL loss no longer pushes
-    pcont_scale: float | None = None  # Scale of the loss of --pcont
+    kl_scale: float = 1.0  # Scale of the KL loss, beta
+    free_nats: float = 3.0  # Mean KL below which the KL loss no longer pushes
+    pcont_scale: float = 10.0  # Scale of the loss of --pcont
 
-    # The training: actor and critic
-    imag_horizon: int | None = None  # Imagination horizon, H
-    gamma: float | None = None  # Discount factor
+    imag_horizon: int = 15  # Imagination horizon, H
+    gamma: float = 0.99  # Discount factor
     return_lambda: float = 0.95  # Return lambda
-    actor_min_std: float | None = None  # Smallest deviation of a continuous action
-    actor_lr: float | None = None  # Learning rate of the actor
-    actor_eps: float | None = None  # Adam epsilon of the actor
+    actor_lr: float = 8e-5  # Learning rate of the actor
+    actor_eps: float = 1e-7  # Adam epsilon of the actor
     actor_clip: float = 100.0  # Gradient clipping of the actor
-    critic_lr: float | None = None  # Learning rate of the critic
-    critic_eps: float | None = None  # Adam epsilon of the critic
-    critic_clip: float = 100.0  # Gradient clipping of the critic
+    actor_min_std: float = 1e-4  # Smallest deviation of a continuous action
     actor_init_std: float = 5.0  # Deviation of a continuous action at first, before the tanh
-    expl_amount: float | None = None  # Noise on actions: deviation, or chance of a random one
-    expl_decay: float | None = None  # Frames after which it is half as large (0: never)
-    expl_min: float | None = None  # It does not decay below this
+    critic_lr: float = 8e-5  # Learning rate of the critic
+    critic_eps: float = 1e-7  # Adam epsilon of the critic
+    critic_clip: float = 100.0  # Gradient clipping of the critic
+    expl_amount: float = 0.3  # Noise on actions: deviation, or chance of a random one
+    expl_decay: float = 0.0  # Frames after which it is half as large (0: never)
+    expl_min: float = 0.0  # It does not decay below this
 
-    def __post_init__(self) -> None:
-        """Fill in what follows from --size and --env-id, then refuse what cannot work."""
-        fill(self, SIZES[self.size] | {"action_repeat": default_action_repeat(self.env_id)})
-        self.check()
 
-    def check(self) -> None:
-        """Raise `UserError`, one line, for a value that cannot work."""
-        check_numbers(self, may_be_zero={
-            "learning_starts", "pretrain", "return_lambda", "kl_scale", "free_nats", "pcont_scale",
-            "expl_amount", "expl_decay", "expl_min", "sticky"}, shares={
-            "sticky": 1, "gamma": 1, "return_lambda": 1})
-        if (self.imag_horizon or 2) < 2:
-            raise UserError("--imag-horizon is 1; an imagined trajectory takes at least 2 steps.")
-        check_lengths(self)
+@dataclass(frozen=True, init=False)
+class Args(RunArgs, Settings):
+    """Settings of the algorithm and of the run."""
+
+    eval_greedy: bool = True  # Evaluate and dream with the most likely actions
+
+    def __init__(self, **flags):
+        """Defaults; over them what TASKS has for `env_id`, what SIZES has for `size`, and `flags`.
+
+        Raises `UserError`, one line, for a value that cannot work.
+        """
+        self.fill(TASKS, SIZES, flags)
+        self.check(may_be_zero={"learning_starts", "pretrain"}, shares={
+            "sticky", "gamma", "return_lambda"})
+        if min(self.imag_horizon, self.batch_length) < 2:
+            raise UserError("--imag-horizon and --batch-length start at 2")
 
     @property
     def stoch_dim(self) -> int:
@@ -249,9 +237,9 @@ class Args(RunArgs):
     @property
     def env_config(self) -> EnvConfig:
         """What it takes to build one environment."""
-        return EnvConfig(self.env_id, 64, bool(self.grayscale), self.action_repeat,
-                         self.max_episode_steps, self.noop_max, sticky=self.sticky,
-                         render=self.capture_video, pixels=self.pixels)
+        return EnvConfig(self.env_id, 64, self.grayscale, self.action_repeat,
+                         self.max_episode_steps, self.noop_max, self.sticky, self.pixels,
+                         self.env_seed, self.env_kwargs)
 
 
 # ---------------------------------------------------------------------------------- 3 replay buffer
@@ -274,8 +262,7 @@ class ReplayBuffer:
     the write position.
     """
 
-    def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int,
-                 writable: bool = True):
+    def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int):
         """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
         the files are those of another environment or of other settings."""
         layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
@@ -284,7 +271,7 @@ class ReplayBuffer:
             layout["image"] = (np.uint8, spec.image_shape)
         if spec.vector_dim:
             layout["vector"] = (np.float32, (spec.vector_dim,))
-        self.rings = Rings(folder, layout, capacity, num_envs, writable)
+        self.rings = Rings(folder, layout, capacity, num_envs)
         self.rng = np.random.default_rng(seed)
 
     def windows(self, length: int) -> int:
@@ -564,22 +551,6 @@ class PixelToGrid(nn.ConvTranspose2d):
         return (grid.unflatten(1, (*self.kernel_size, -1)) + self.bias).permute(0, 3, 1, 2)
 
 
-class GridToPixels(nn.ConvTranspose2d):
-    """Transposed convolution of stride 2 by a plain one, faster where the outputs are few."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, c, s, s) -> (n, outputs, 2 s + size - 2, the same), channels-last in memory."""
-        if x.is_cuda or x.dtype != torch.float32:  # in bfloat16 its backward pass is slower
-            return super().forward(x)
-        # Of 6 x 6 weights every second row and column meets a given pixel: four kernels of 3 x 3
-        # give the four pixels of each 2 x 2 block, as channels.
-        half = self.kernel_size[0] // 2
-        weight = self.weight.unflatten(3, (half, 2)).unflatten(2, (half, 2)).flip(2, 4)
-        weight = weight.permute(1, 3, 5, 0, 2, 4).flatten(0, 2)  # (4 outputs, c, half, half)
-        bias = self.bias.repeat_interleave(4)
-        return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=half - 1), 2)
-
-
 class Decoder(nn.Module):
     """Feature -> image and/or vector."""
 
@@ -588,7 +559,7 @@ class Decoder(nn.Module):
         if spec.image_shape:
             self.cnn, self.start = nn.Sequential(), 1  # from 1 x 1 pixel
             widths = [*(args.depth * i for i in (32, 4, 2, 1)), spec.image_shape[-1]]
-            kinds = (PixelToGrid, nn.ConvTranspose2d, nn.ConvTranspose2d, GridToPixels)
+            kinds = (PixelToGrid, *[nn.ConvTranspose2d] * 3)
             for kind, inputs, outputs, size in zip(kinds, widths, widths[1:], (5, 5, 6, 6)):
                 conv = init_output(kind(inputs, outputs, size, stride=2))  # 5, 13, 30, 64 pixels
                 self.cnn.extend([conv, nn.ReLU()])
@@ -1052,9 +1023,20 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
 
 # ------------------------------------------------------------------------------------- 11 main loop
 def first_update(args: Args, ranks: int) -> int:
-    """Timestep of the first update: --learning-starts, but each ring must hold a whole window."""
-    whole_windows = args.num_envs * ranks * args.batch_length
-    return 1 if args.offline else max(args.learning_starts, whole_windows)
+    """Timestep of the first update, when --learning-starts windows, at least one, can be drawn."""
+    return max(1, args.learning_starts) + args.num_envs * ranks * (args.batch_length - 1)
+
+
+def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
+    """Number of updates to make now. `done` were made before; `ranks` processes share the work.
+
+    From the first update on, each collected timestep is replayed `train_ratio` times on average;
+    --pretrain updates come on top.
+    """
+    steps, replayed = step - first_update(args, ranks), args.batch_size * args.batch_length
+    if steps < 0:
+        return 0
+    return args.pretrain + int(steps * args.train_ratio / replayed) - done
 
 
 def explore(args: Args, step: int, state: State, obs: EnvStep, discrete: bool) -> State:
@@ -1070,58 +1052,44 @@ def explore(args: Args, step: int, state: State, obs: EnvStep, discrete: bool) -
     return state._replace(action=noisy * goes_on[:, None])
 
 
-def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
-    """Updates to make now, so that from the first one on every timestep is replayed `train_ratio`
-    times on average, besides --pretrain. `done` were made before; `ranks` processes share the work.
-    """
-    steps, replayed = step - first_update(args, ranks), args.batch_size * args.batch_length
-    if steps < 0:
-        return 0
-    return args.pretrain + int(steps * args.train_ratio / replayed) - done
-
-
-def train(args: Args, run_dir: Path | None) -> None:
+def train(args: Args, run_dir: Path | None = None) -> None:
     """The whole run, or the rest of the one in `run_dir`."""
     with Run(SCRIPT, args, run_dir) as run:
-        envs = Envs(args.env_config, args.num_envs, run.seed, args.max_env_restarts,
-                    args.env_timeout, args.env_seed)
+        envs = Envs(replace(args.env_config, films=run.films), args.num_envs, run.seed)
         agent = Agent(args, envs.spec, run.device)
         replay = run.open_replay(ReplayBuffer, envs.spec, args.capacity)
         feeder = Feeder(replay, run.device, args.batch_size // run.ranks, args.batch_length)
-        run.start(envs, agent, feeder, open_loop,
-                  planned=updates_due(args, args.total_timesteps, 0, run.ranks))
+        run.start(envs, agent, feeder, open_loop, first_update(args, run.ranks))
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
         # The state before a window. It has no effect: row 0 of every window is marked is_first.
         carry = agent.zero_state(args.batch_size // run.ranks)
         while run.step < args.total_timesteps and not run.stopping():
-            if not args.offline:
-                random = run.step < first_update(args, run.ranks)
-                state = agent.act(obs, state, random=random)  # act
-                if not random:
-                    state = explore(args, run.step, state, obs, envs.spec.discrete)
-                action = state.action.cpu().numpy()
-                replay.add(obs, action)  # store
+            random = run.step < first_update(args, run.ranks)
+            state = agent.act(obs, state, random=random)  # act
+            if not random:
+                state = explore(args, run.step, state, obs, envs.spec.discrete)
+            action = state.action.cpu().numpy()
+            replay.add(obs, action)  # store
             run.step += args.num_envs * run.ranks
             due = updates_due(args, run.step, agent.updates, run.ranks) if feeder.ready() else 0
             for _ in range(due):
                 metrics = agent.train_step(feeder.next(), carry)  # train
                 feeder.prepare()  # draw the next batch while a GPU works on this one
                 if run.stopping(metrics):
-                    break  # what is due stays due
+                    break
             run.log_and_save(obs, metrics)  # log
-            if not args.offline:
-                obs = envs.step(action)  # step
+            obs = envs.step(action)  # step
 
 
 def main() -> None:
     """Train, resume, evaluate or dream; a mistake of the user gets one line and exit status 1."""
     with one_line_errors():
-        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], TASKS)
+        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0])
         if args.evaluate:
-            evaluate(args, load_agent(Agent, args, run_dir, SCRIPT))
+            evaluate(args, load_agent(Agent, args, run_dir), run_dir)
         elif args.dream:
-            dream(args, run_dir, load_agent(Agent, args, run_dir, SCRIPT), open_loop, to_batch)
+            dream(args, load_agent(Agent, args, run_dir), run_dir, open_loop, to_batch)
         else:
             train(args, run_dir)
 

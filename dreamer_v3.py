@@ -108,22 +108,10 @@ Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
 
 # ---------------------------------------------------------------------------------------- 1 imports
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-# `common` first: from then on, Ctrl-C during the imports is one line.
-from common.cli import RunArgs, check_lengths, check_numbers, fill, one_line_errors, parse
-from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, gather_ranks,
-                            on_device, use_bf16)
-from common.envs import EnvConfig, EnvSpec, default_action_repeat
-from common.files import UserError
-from common.maths import symexp, symlog
-from common.play import dream, evaluate, load_agent
-from common.rings import Rings
-from common.runs import Run
-from common.vector import Envs, EnvStep
 
 import numpy as np
 import torch
@@ -131,92 +119,92 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.cli import RunArgs, one_line_errors, parse
+from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, gather_ranks,
+                            on_device, use_bf16)
+from common.disk import UserError
+from common.envs import EnvConfig
+from common.maths import symexp, symlog
+from common.play import dream, evaluate, load_agent
+from common.rings import Rings
+from common.run import Run
+from common.spaces import EnvSpec
+from common.vector import Envs, EnvStep
+
 SCRIPT = Path(__file__).stem
 
 # ------------------------------------------------------------------------------------------- 2 Args
-PAPER = dict(  # mlp_* and the schedule of updates: the authors' code
-    gamma=1 - 1 / 333, mlp_units=1024, mlp_layers=5, stoch=32, classes=32, bins=255,
-    imag_horizon=15, batch_size=16, batch_length=64, train_ratio=1024.0, learning_starts=1024,
-    pretrain=1, total_timesteps=100_000, buffer_size=1_000_000, model_lr=1e-4, model_eps=1e-8,
-    actor_lr=3e-5, actor_eps=1e-5, critic_lr=3e-5, critic_eps=1e-5, actor_entropy=3e-4,
-    actor_min_std=0.1, beta_pred=1.0, grayscale=False, clip_rewards="none", actor_grad="auto",
-    cont_mean=False, eval_greedy=False)
-TASKS = {}  # V1 and V2 have settings for each kind of actions; here one serves all
-SIZES = {  # those of the paper; XXS is ours, why so: benchmarks/results/laptop_preset.md
-    "XXS": PAPER | dict(
+TASKS = {  # what differs for a benchmark
+    "atari": dict(action_repeat=4), "control": dict(action_repeat=2, train_ratio=512.0)}
+SIZES = {  # of the paper; XXS is ours, and benchmarks/results/laptop/preset.md says why it is so
+    "XXS": dict(
         deter=128, hidden=128, units=128, layers=1, depth=8, mlp_units=512, mlp_layers=2, stoch=16,
         classes=16, bins=63, batch_length=16, train_ratio=64.0, model_lr=5e-4, actor_lr=3e-4,
         critic_lr=5e-4, gamma=0.99, beta_pred=5.0, actor_grad="reinforce", cont_mean=True),
-    "XS": PAPER | dict(deter=256, hidden=256, units=256, layers=1, depth=24),
-    "S": PAPER | dict(deter=512, hidden=512, units=512, layers=2, depth=32),
-    "M": PAPER | dict(deter=1024, hidden=640, units=640, layers=3, depth=48),
-    "L": PAPER | dict(deter=2048, hidden=768, units=768, layers=4, depth=64),
-    "XL": PAPER | dict(deter=4096, hidden=1024, units=1024, layers=5, depth=96),
+    "XS": dict(deter=256, hidden=256, units=256, layers=1, depth=24),
+    "S": {},
+    "M": dict(deter=1024, hidden=640, units=640, layers=3, depth=48),
+    "L": dict(deter=2048, hidden=768, units=768, layers=4, depth=64),
+    "XL": dict(deter=4096, hidden=1024, units=1024, layers=5, depth=96),
 }
 
 
 @dataclass(frozen=True)
-class Args(RunArgs):
-    """Every setting of the algorithm, beside those of any run. None: see the tables above."""
+class Settings:
+    """Every setting of the algorithm; a resume keeps all but the rates and the length."""
 
-    # The task (a resume keeps these)
     env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
-    num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
-    action_repeat: int | None = None  # Times that an action is repeated (None: 4 on Atari, else 1)
-    grayscale: bool | None = None  # Images in shades of grey
-    clip_rewards: Literal["none", "tanh", "clip"] | None = None  # How rewards are squashed
+    total_timesteps: int = 100_000  # Decisions of the agent; frames = these x action repeat
+    size: Literal["XXS", "XS", "S", "M", "L", "XL"] = "S"  # Preset; XXS is for laptops
+    num_envs: int = 1  # Environments, each in a process of its own; per torchrun process
+    action_repeat: int = 1  # Times that an action is repeated (Atari: 4, DeepMind Control: 2)
     pixels: bool = False  # Observe the rendered picture instead of what the environment gives
     image_size: int = 64  # Images are resized to this height and width: a power of two, at least 8
+    grayscale: bool = False  # Images in shades of grey
+    sticky: float = 0.0  # Atari: chance that the last action is repeated
+    clip_rewards: Literal["none", "tanh", "clip"] = "none"  # How rewards are squashed
 
-    # The length
-    total_timesteps: int | None = None  # Decisions of the agent; frames = these x action repeat
+    train_ratio: float = 1024.0  # Replayed timesteps per collected one
+    batch_size: int = 16  # Sequences per batch, B
+    batch_length: int = 64  # Timesteps per sequence, T
+    learning_starts: int = 1024  # Windows of T timesteps that random actions fill first
+    buffer_size: int = 1_000_000  # Replay capacity in timesteps, first in, first out
+    pretrain: int = 1  # Updates that are made at once when training begins
 
-    # The size (a resume keeps these)
-    size: Literal["XXS", "XS", "S", "M", "L", "XL"] = "S"  # Preset; XXS is for laptops
-    bins: int | None = None  # Two-hot buckets, on [-20, 20] in symlog space
-    deter: int | None = None  # GRU recurrent units, size of h_t
-    hidden: int | None = None  # Hidden units inside the RSSM
-    depth: int | None = None  # CNN multiplier: channels of the first stage
-    mlp_units: int | None = None  # Units of vector en- and decoder
-    mlp_layers: int | None = None  # Layers of vector en- and decoder
-    units: int | None = None  # Dense hidden units of the heads
-    layers: int | None = None  # MLP layers of the heads
-    stoch: int | None = None  # Number of latents that make up z_t
-    classes: int | None = None  # Classes of each of them
+    bins: int = 255  # Two-hot buckets, on [-20, 20] in symlog space
+    deter: int = 512  # GRU recurrent units, size of h_t
+    hidden: int = 512  # Hidden units inside the RSSM
+    depth: int = 32  # CNN multiplier: channels of the first stage
+    mlp_units: int = 1024  # Units of vector en- and decoder (authors' code)
+    mlp_layers: int = 5  # Layers of vector en- and decoder (authors' code)
+    units: int = 512  # Dense hidden units of the heads
+    layers: int = 2  # MLP layers of the heads
+    stoch: int = 32  # Number of latents that make up z_t
+    classes: int = 32  # Classes of each of them
 
-    # The training: replay (a resume keeps these)
-    train_ratio: float | None = None  # Replayed timesteps per collected one
-    batch_size: int | None = None  # Sequences per batch, B
-    batch_length: int | None = None  # Timesteps per sequence, T
-    learning_starts: int | None = None  # Timesteps of uniformly random actions first
-    buffer_size: int | None = None  # Replay capacity in timesteps, first in, first out
-    pretrain: int | None = None  # Updates that are made at once when training begins
-
-    # The training: world model
-    model_lr: float | None = None  # Learning rate of the world model
-    model_eps: float | None = None  # Adam epsilon
+    model_lr: float = 1e-4  # Learning rate of the world model
+    model_eps: float = 1e-8  # Adam epsilon
     model_clip: float = 1000.0  # Gradient clipping by global norm
     unimix: float = 0.01  # Share of the uniform distribution in latents and discrete policy
-    beta_pred: float | None = None  # Scale of image, vector, reward and continue loss
+    beta_pred: float = 1.0  # Scale of image, vector, reward and continue loss
     beta_dyn: float = 0.5  # Scale of the dynamics loss
     beta_rep: float = 0.1  # Scale of the representation loss
     free_bits: float = 1.0  # Nats below which a KL loss is not pushed any further
 
-    # The training: actor and critic
-    imag_horizon: int | None = None  # Imagination horizon, H
-    gamma: float | None = None  # Discount factor
+    imag_horizon: int = 15  # Imagination horizon, H
+    gamma: float = 1 - 1 / 333  # Discount factor
     return_lambda: float = 0.95  # Return lambda
-    actor_min_std: float | None = None  # Smallest deviation of a continuous action
-    actor_lr: float | None = None  # Learning rate of the actor
-    actor_eps: float | None = None  # Adam epsilon of the actor
+    actor_lr: float = 3e-5  # Learning rate of the actor
+    actor_eps: float = 1e-5  # Adam epsilon of the actor
     actor_clip: float = 100.0  # Gradient clipping of the actor
-    critic_lr: float | None = None  # Learning rate of the critic
-    critic_eps: float | None = None  # Adam epsilon of the critic
-    critic_clip: float = 100.0  # Gradient clipping of the critic
-    actor_entropy: float | None = None  # eta, scale of the entropy bonus
-    actor_grad: Literal["auto", "reinforce", "dynamics"] | None = None  # auto: reinforce if one-hot
-    cont_mean: bool | None = None  # Imagined c_t is a probability; else 1 or 0, the likelier one
+    actor_entropy: float = 3e-4  # eta, scale of the entropy bonus
+    actor_grad: Literal["auto", "reinforce", "dynamics"] = "auto"  # auto: reinforce if one-hot
+    actor_min_std: float = 0.1  # Smallest deviation of a continuous action
     actor_max_std: float = 1.0  # Largest deviation of a continuous action
+    cont_mean: bool = False  # Imagined c_t is a probability; else 1 or 0, the likelier one
+    critic_lr: float = 3e-5  # Learning rate of the critic
+    critic_eps: float = 1e-5  # Adam epsilon of the critic
+    critic_clip: float = 100.0  # Gradient clipping of the critic
     critic_ema_decay: float = 0.98  # Decay of the slow critic
     critic_ema_regularizer: float = 1.0  # Scale of the loss towards the slow critic
     return_norm_low: float = 5.0  # Lower end of the return range, a percentile
@@ -224,26 +212,25 @@ class Args(RunArgs):
     return_norm_limit: float = 1.0  # L, smaller return ranges are not scaled up
     return_norm_decay: float = 0.99  # Decay of the return range
 
-    def __post_init__(self) -> None:
-        """Fill in what follows from --size and --env-id, then refuse what cannot work."""
-        fill(self, SIZES[self.size] | {"action_repeat": default_action_repeat(self.env_id)})
-        self.check()
 
-    def check(self) -> None:
-        """Raise `UserError`, one line, for a value that cannot work."""
-        check_numbers(self, may_be_zero={
-            "learning_starts", "pretrain", "return_lambda", "actor_entropy", "unimix", "beta_pred",
-            "beta_dyn", "beta_rep", "free_bits", "critic_ema_decay", "critic_ema_regularizer",
-            "return_norm_low", "return_norm_decay"}, shares={
-            "unimix": 1, "critic_ema_decay": 1, "return_norm_decay": 1, "return_norm_low": 100,
-            "return_norm_high": 100, "gamma": 1, "return_lambda": 1})
-        if self.actor_min_std > self.actor_max_std or self.return_norm_low > self.return_norm_high:
-            raise UserError("--actor-min-std and --return-norm-low must not exceed their maximum.")
-        if self.bins < 2:
-            raise UserError("--bins is 1; a number lies between two of them.")
+@dataclass(frozen=True, init=False)
+class Args(RunArgs, Settings):
+    """Settings of the algorithm and of the run."""
+
+    def __init__(self, **flags):
+        """Defaults; over them what TASKS has for `env_id`, what SIZES has for `size`, and `flags`.
+
+        Raises `UserError`, one line, for a value that cannot work.
+        """
+        self.fill(TASKS, SIZES, flags)
+        self.check(may_be_zero={"learning_starts", "pretrain"}, shares={
+            "sticky", "unimix", "gamma", "return_lambda", "critic_ema_decay", "return_norm_decay"})
+        if not self.return_norm_low <= self.return_norm_high <= 100:
+            raise UserError("--return-norm-low and -high are percentiles, the lower one first")
         if self.image_size < 8 or self.image_size & (self.image_size - 1):
             raise UserError(f"--image-size is {self.image_size}; use 8, 16, 32, 64, 128, ...")
-        check_lengths(self)
+        if min(self.bins, self.batch_length) < 2:
+            raise UserError("--bins and --batch-length start at 2")
 
     @property
     def stoch_dim(self) -> int:
@@ -259,8 +246,8 @@ class Args(RunArgs):
     def env_config(self) -> EnvConfig:
         """What it takes to build one environment."""
         return EnvConfig(self.env_id, self.image_size, self.grayscale, self.action_repeat,
-                         self.max_episode_steps, self.noop_max,
-                         render=self.capture_video, pixels=self.pixels)
+                         self.max_episode_steps, self.noop_max, self.sticky, self.pixels,
+                         self.env_seed, self.env_kwargs)
 
 
 # ---------------------------------------------------------------------------------- 3 replay buffer
@@ -283,8 +270,7 @@ class ReplayBuffer:
     the write position.
     """
 
-    def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int,
-                 writable: bool = True):
+    def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int):
         """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
         the files are those of another environment or of other settings."""
         layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
@@ -293,7 +279,7 @@ class ReplayBuffer:
             layout["image"] = (np.uint8, spec.image_shape)
         if spec.vector_dim:
             layout["vector"] = (np.float32, (spec.vector_dim,))
-        self.rings = Rings(folder, layout, capacity, num_envs, writable)
+        self.rings = Rings(folder, layout, capacity, num_envs)
         self.rng = np.random.default_rng(seed)
 
     def windows(self, length: int) -> int:
@@ -625,14 +611,7 @@ class ChannelNorm(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> the same shape and type; the norm itself is in float32."""
-        x = x.permute(0, 2, 3, 1)
-        if x.shape[-1] < 8 and not x.is_cuda:  # torch's kernel goes row by row: slow if short
-            centred = x.float() - x.float().mean(-1, keepdim=True)
-            scaled = centred * (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-            normed = torch.addcmul(self.bias, scaled, self.weight).to(x.dtype)
-        else:
-            normed = super().forward(x)
-        return normed.permute(0, 3, 1, 2)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def centre(image: Tensor | None) -> Tensor | None:
@@ -1194,14 +1173,15 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
 
 # ------------------------------------------------------------------------------------- 11 main loop
 def first_update(args: Args, ranks: int) -> int:
-    """Timestep of the first update: --learning-starts, but each ring must hold a whole window."""
-    whole_windows = args.num_envs * ranks * args.batch_length
-    return 1 if args.offline else max(args.learning_starts, whole_windows)
+    """Timestep of the first update, when --learning-starts windows, at least one, can be drawn."""
+    return max(1, args.learning_starts) + args.num_envs * ranks * (args.batch_length - 1)
 
 
 def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
-    """Updates to make now, so that from the first one on every timestep is replayed `train_ratio`
-    times on average, besides --pretrain. `done` were made before; `ranks` processes share the work.
+    """Number of updates to make now. `done` were made before; `ranks` processes share the work.
+
+    From the first update on, each collected timestep is replayed `train_ratio` times on average;
+    --pretrain updates come on top.
     """
     steps, replayed = step - first_update(args, ranks), args.batch_size * args.batch_length
     if steps < 0:
@@ -1209,46 +1189,42 @@ def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
     return args.pretrain + int(steps * args.train_ratio / replayed) - done
 
 
-def train(args: Args, run_dir: Path | None) -> None:
+def train(args: Args, run_dir: Path | None = None) -> None:
     """The whole run, or the rest of the one in `run_dir`."""
     with Run(SCRIPT, args, run_dir) as run:
-        envs = Envs(args.env_config, args.num_envs, run.seed, args.max_env_restarts,
-                    args.env_timeout, args.env_seed)
+        envs = Envs(replace(args.env_config, films=run.films), args.num_envs, run.seed)
         agent = Agent(args, envs.spec, run.device)
         replay = run.open_replay(ReplayBuffer, envs.spec, args.capacity)
         feeder = Feeder(replay, run.device, args.batch_size // run.ranks, args.batch_length)
-        run.start(envs, agent, feeder, open_loop,
-                  planned=updates_due(args, args.total_timesteps, 0, run.ranks))
+        run.start(envs, agent, feeder, open_loop, first_update(args, run.ranks))
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
         # The state before a window. It has no effect: row 0 of every window is marked is_first.
         carry = agent.zero_state(args.batch_size // run.ranks)
         while run.step < args.total_timesteps and not run.stopping():
-            if not args.offline:
-                random = run.step < first_update(args, run.ranks)
-                state = agent.act(obs, state, random=random)  # act
-                action = state.action.cpu().numpy()
-                replay.add(obs, action)  # store
+            random = run.step < first_update(args, run.ranks)
+            state = agent.act(obs, state, random=random)  # act
+            action = state.action.cpu().numpy()
+            replay.add(obs, action)  # store
             run.step += args.num_envs * run.ranks
             due = updates_due(args, run.step, agent.updates, run.ranks) if feeder.ready() else 0
             for _ in range(due):
                 metrics = agent.train_step(feeder.next(), carry)  # train
                 feeder.prepare()  # draw the next batch while a GPU works on this one
                 if run.stopping(metrics):
-                    break  # what is due stays due
+                    break
             run.log_and_save(obs, metrics)  # log
-            if not args.offline:
-                obs = envs.step(action)  # step
+            obs = envs.step(action)  # step
 
 
 def main() -> None:
     """Train, resume, evaluate or dream; a mistake of the user gets one line and exit status 1."""
     with one_line_errors():
-        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], TASKS)
+        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0])
         if args.evaluate:
-            evaluate(args, load_agent(Agent, args, run_dir, SCRIPT))
+            evaluate(args, load_agent(Agent, args, run_dir), run_dir)
         elif args.dream:
-            dream(args, run_dir, load_agent(Agent, args, run_dir, SCRIPT), open_loop, to_batch)
+            dream(args, load_agent(Agent, args, run_dir), run_dir, open_loop, to_batch)
         else:
             train(args, run_dir)
 
