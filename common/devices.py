@@ -25,9 +25,9 @@ def prepare_torch(args, seed: int) -> None:
 def keep_freed_memory() -> None:
     """Let malloc keep large blocks that torch frees: each update allocates the same ones again.
 
-    Without this, the kernel hands out zeroed pages each time, and an update on a CPU takes a third
-    longer (benchmarks/results/speed/attempts.md). Call it after the first update: what that one
-    leaves for good then lies at the bottom of the heap. Linux with glibc.
+    Without this, an update on a CPU takes a third longer (benchmarks/results/speed/attempts.md).
+    Call it after the first update: what that one leaves for good then lies at the bottom of the
+    heap. Linux with glibc.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -70,17 +70,14 @@ class Feeder:
 
     def next(self):
         """The batch that was prepared, or a fresh one."""
-        batch, self.waiting = self.waiting or self.draw(), None
+        batch = self.waiting or self.replay.sample(*self.shape, self.replay.rng)
+        self.waiting = None
         return type(batch)(*(on_device(tensor, self.device) for tensor in batch))
 
     def prepare(self) -> None:
         """Draw the next batch ahead. On a CPU there would be nothing to overlap it with."""
         if self.device.type == "cuda":
-            self.waiting = self.draw()
-
-    def draw(self):
-        """Sample, on the CPU."""
-        return self.replay.sample(*self.shape, self.replay.rng)
+            self.waiting = self.replay.sample(*self.shape, self.replay.rng)
 
 
 def compile_methods(*methods) -> None:
@@ -117,15 +114,10 @@ class CudaGraph:
             return outputs
         if self.graph is None:
             self.inputs = type(batch)(*(None if x is None else x.clone() for x in batch))
-            graph = torch.cuda.CUDAGraph()
+            self.graph = torch.cuda.CUDAGraph()
             gc.collect()  # what is freed while it records, such as an older graph, would spoil it
-            gc.disable()
-            try:
-                with torch.cuda.graph(graph):  # records, and runs nothing
-                    self.outputs = self.function(self.inputs, *constants)
-            finally:
-                gc.enable()
-            self.graph = graph
+            with torch.cuda.graph(self.graph):  # records, and runs nothing
+                self.outputs = self.function(self.inputs, *constants)
         for target, source in zip(self.inputs, batch):
             if target is not None:
                 target.copy_(source)
@@ -180,10 +172,7 @@ def gather_ranks(x: Tensor) -> Tensor:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of `x` over all processes, with the gradient of this one's share of it.
-
-    It serves what is not linear in the mean, such as a limit on the mean of the whole batch.
-    """
+    """The mean of `x` over all processes, with the gradient of this one's share of it."""
     mean = x.mean()
     if not dist.is_initialized():
         return mean
@@ -195,8 +184,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 def average_over_ranks(grads: tuple[Tensor, ...]) -> None:
     """Make `grads` those of the whole batch, of which each process has an equal share.
 
-    This is all that training on several GPUs takes: every rank starts from the same weights and
-    applies the same gradient, so the weights stay equal.
+    Every rank starts from the same weights and applies the same gradient: the weights stay equal.
     """
     if dist.is_initialized():
         flat = torch.cat([grad.flatten() for grad in grads])  # one message, not a hundred

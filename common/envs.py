@@ -19,10 +19,12 @@ from gymnasium import wrappers
 
 from common.spaces import EnvError, ImageAndVector, standard_actions
 
-PACKAGES = {  # how a plain id begins: what to import, what to install
-    "dm_control/": ("shimmy", "shimmy[dm-control]"), "MiniGrid-": ("minigrid", "minigrid"),
-    "BabyAI-": ("minigrid", "minigrid"), "Vizdoom": ("vizdoom.gymnasium_wrapper", "vizdoom"),
-    "ALE/": ("ale_py", "ale-py")}
+PACKAGES = {  # part of a plain id: what to import, how to get it
+    "dm_control/": ("shimmy", 'pip install "shimmy[dm-control]"'),
+    "MiniGrid-": ("minigrid", "pip install minigrid"),
+    "BabyAI-": ("minigrid", "pip install minigrid"),
+    "Vizdoom": ("vizdoom.gymnasium_wrapper", "pip install vizdoom"),
+    "ALE/": ("ale_py", "pip install ale-py"), "NoFrameskip-v": ("ale_py", "pip install ale-py")}
 
 
 @dataclass(frozen=True)
@@ -46,30 +48,27 @@ class EnvConfig:
 def find(env_id: str) -> str:
     """Import the module that registers an id; gives the id without it."""
     module, _, name = env_id.rpartition(":")
-    known, package = next((PACKAGES[x] for x in PACKAGES if env_id.startswith(x)), ("", ""))
-    if "NoFrameskip-v" in env_id and not module:
-        known, package = PACKAGES["ALE/"]
+    known = next((PACKAGES[x] for x in PACKAGES if x in env_id), ("", "")) if not module else ""
+    module, hint = known or (module, "")
     if os.getcwd() not in sys.path:  # the module is where the user stands
         sys.path.append(os.getcwd())
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's own choice needs a display
     try:
-        if module or known:
-            importlib.import_module(module or known)
+        found = importlib.import_module(module) if module else None
     except ImportError as error:
-        hint = f"pip install '{package}'" if package else "run this from the module's folder"
         raise EnvError(f"{env_id} cannot be imported: {error}; {hint}") from error
-    if module and name not in gym.registry:
-        raise EnvError(f"{sys.modules[module].__file__} was imported and registers no {name!r}; "
-                       "a module of yours needs a name that no other module has")
+    if found and not known and name not in gym.registry:
+        raise EnvError(f"{found.__file__} was imported and registers no {name!r}; your module "
+                       "needs a name that no other module has")
     return name
 
 
 def benchmark(env_id: str) -> str:
     """Whose habits a task follows: "atari", "control" (DeepMind's) or "other"."""
     name = find(env_id)
-    entries = [str(spec.entry_point) for id_, spec in gym.registry.items()
-               if id_ == name or id_.startswith(f"{name}-v")]  # an id may lack its version
+    entries = [str(spec.entry_point) for known, spec in gym.registry.items()
+               if known == name or known.startswith(f"{name}-v")]  # an id may lack its version
     is_atari = any(entry.startswith("ale_py") for entry in entries)
     return "atari" if is_atari else "control" if name.startswith("dm_control/") else "other"
 
@@ -80,12 +79,11 @@ def make_env(config: EnvConfig) -> gym.Env:
         return _make(config)
     except EnvError:
         raise
-    except gym.error.Error as error:
-        hint = "; one of your own is module:Id-v0" if "exist" in str(error) else ""
-        raise EnvError(f"cannot make {config.env_id!r}: {error}{hint}") from error
     except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        raise EnvError(f"cannot make {config.env_id!r}: {error!r}") from error
+        hint = "; an id of your own is module:Id-v0"
+        if not isinstance(error, gym.error.Error):
+            hint = traceback.print_exc() or ""
+        raise EnvError(f"cannot make {config.env_id!r}: {error}{hint}") from error
 
 
 def _make(config: EnvConfig) -> gym.Env:
@@ -150,9 +148,7 @@ class Frames(gym.Wrapper):
         frame = np.asarray(self.env.render())
         if frame.dtype.kind == "f":
             frame = np.rint(255 * frame.clip(0, 1)).astype(np.uint8)
-        if frame.ndim == 2:
-            frame = frame[..., None].repeat(3, -1)
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[-1] not in (3, 4):
-            raise EnvError(f"render() gave {type(frame).__name__} {frame.dtype}{frame.shape}, "
-                           "expected (H, W, 3) uint8")
+        frame = frame[..., None].repeat(3, -1) if frame.ndim == 2 else frame
+        if frame.dtype != np.uint8 or frame.shape[2:] not in ((3,), (4,)):
+            raise EnvError(f"render() gave {frame.dtype}{frame.shape}, expected (H, W, 3) uint8")
         return frame[..., :3]

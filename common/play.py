@@ -17,7 +17,6 @@ from common.spaces import EnvSpec
 from common.vector import Envs, EnvStep
 from common.video import gif_bytes, side_by_side, strip
 
-LONG = 10_000  # timesteps without the end of an episode after which a note says what to do
 
 
 def load_agent(agent_type: type, args, run_dir: Path):
@@ -56,7 +55,7 @@ def evaluate(args, agent, run_dir: Path) -> list[float]:
     left = np.array([len(part) for part in np.array_split(range(count), num_envs)])
     films = str(run_dir / "videos") if args.capture_video else ""
     for step, (obs, _) in enumerate(play(args, agent, num_envs, films)):
-        if step == LONG and not returns:
+        if step == 10_000 and not returns:
             print(f"no episode has ended in {step:,} timesteps; --max-episode-steps ends them")
         for env in np.flatnonzero(obs.is_last & (left > 0)):
             left[env] -= 1

@@ -13,7 +13,6 @@ import os
 import random
 import sys
 import threading
-import traceback
 import types
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,7 +22,6 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv
-from gymnasium.vector.utils import CloudpickleWrapper
 
 from common.envs import EnvConfig, find, make_env
 from common.spaces import EnvError, env_spec
@@ -57,19 +55,22 @@ class Envs:
         # The seed of an environment depends on `seed` and its number alone. Some want 31 bits.
         seeds = (np.random.SeedSequence(seed).generate_state(num_envs) >> 1).tolist()
         self.seeds = seeds if config.seed is None else [config.seed] * num_envs
-        with self._explained(), without_main_module():
-            find(config.env_id)
-            plan = CloudpickleWrapper((config, gym.registry.get(config.env_id)))
-            spaces, self.notices = look(plan, seeds[0])
-            makers = [partial(make_there, plan, seed, index, os.getpid(), spaces)
+        with self._explained():
+            registered = gym.registry.get(find(config.env_id))
+            makers = [partial(make_here, config, registered, os.getpid(), index, seed)
                       for index, seed in enumerate(seeds)]
-            self.vector = AsyncVectorEnv(makers, context=METHOD)
-        self.spec = env_spec(*spaces)
+            with without_main_module():
+                self.vector = AsyncVectorEnv(makers, context=METHOD)
+            self.notices = self.vector.get_attr("notices")[0]
+        self.spec = env_spec(self.vector.single_observation_space, self.vector.single_action_space)
 
     def reset(self) -> EnvStep:
         """Start a new episode in every environment."""
         with self._explained():
             observation, _ = self.vector.reset(seed=self.seeds)
+        if "image" in observation and observation["image"].max() < 16:
+            print("\nnote: the first picture is almost black; if it holds codes, not colours, and "
+                  "the environment can render, use --pixels", file=sys.stderr)
         no = np.zeros(self.num_envs, bool)
         self.returns, self.lengths, self.is_last = np.zeros(self.num_envs), no.astype(int), ~no
         return self._row(observation, np.zeros(self.num_envs), no, no)
@@ -114,10 +115,7 @@ class Envs:
 
 @contextmanager
 def without_main_module():
-    """multiprocessing would import the main script, and with it torch, in each process.
-
-    An empty module in its place saves seconds and hundreds of megabytes.
-    """
+    """Else multiprocessing would import the main script, and with it torch, in each process."""
     multiprocessing.set_forkserver_preload(["ale_py", "cv2", "gymnasium.vector"])
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
@@ -126,58 +124,18 @@ def without_main_module():
         sys.modules["__main__"] = main
 
 
-def look(plan: CloudpickleWrapper, seed: int) -> tuple[tuple[gym.Space, gym.Space], list[str]]:
-    """Both spaces, and notices, of an environment that is built for this alone, in a process."""
-    context = multiprocessing.get_context(METHOD)
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=look_there, args=(there, plan, seed), daemon=True)
-    process.start()
-    there.close()
-    try:
-        found, notices = here.recv()
-    finally:
-        process.kill()
-    if isinstance(found, EnvError):
-        raise found
-    return found, notices
-
-
-def look_there(pipe, plan: CloudpickleWrapper, seed: int) -> None:
-    """Send what `look` returns, or an EnvError."""
-    try:
-        env = make_there(plan, seed)
-        observation, _ = env.reset(seed=seed)
-        if "image" in observation and observation["image"].max() < 16:
-            can_render = "rgb_array" in env.metadata.get("render_modes", ())
-            env.notices.append("the first picture is almost black" + can_render * (
-                "; if its numbers are codes and not colours, use --pixels"))
-        pipe.send(((env.observation_space, env.action_space), env.notices))
-    except (Exception, SystemExit) as error:
-        if not isinstance(error, EnvError):
-            traceback.print_exc()
-            error = EnvError(f"{plan.fn[0].env_id} cannot start an episode: {error!r}")
-        pipe.send((error, []))
-
-
-def make_there(plan: CloudpickleWrapper, seed: int, index: int = 0, parent: int = 0,
-               spaces: tuple = ()) -> gym.Env:
-    """The environment; in process `parent` a stub, of which Gymnasium only reads the spaces."""
-    if os.getpid() == parent:
-        stub = gym.Env()
-        stub.observation_space, stub.action_space = spaces
-        return stub
-    config, registered = plan.fn
-    if hasattr(os, "setsid"):  # Ctrl-C, and what `timeout` sends, is the parent's to handle
-        os.setsid()
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    random.seed(seed)  # an environment may draw from the global generators
-    np.random.seed(seed)
-    if index:
-        gym.logger.min_level = gym.logger.ERROR  # the first one has shown the warnings
-        config = replace(config, films="")
-    if registered:  # by the main script, which is not imported here
-        gym.registry.setdefault(registered.id, registered)
-    return make_env(config)
+def make_here(config: EnvConfig, registered, parent: int, index: int, seed: int) -> gym.Env:
+    """The environment in its process; also in the parent, where Gymnasium only reads the spaces."""
+    in_parent = os.getpid() == parent
+    if not in_parent:
+        if hasattr(os, "setsid"):  # Ctrl-C, and what `timeout` sends, is the parent's to handle
+            os.setsid()
+        threading.Thread(target=leave_with_parent, daemon=True).start()
+        random.seed(seed)  # an environment may draw from the global generators
+        np.random.seed(seed)
+        if registered:  # by the main script, which is not imported here
+            gym.registry.setdefault(registered.id, registered)
+    return make_env(replace(config, films="") if in_parent or index else config)
 
 
 def leave_with_parent() -> None:

@@ -1,0 +1,97 @@
+"""TensorBoard, a progress bar, and Weights & Biases."""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common.disk import UserError
+from common.video import gif_bytes
+
+UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+
+
+def to_numbers(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
+    """Scalar metrics as numbers. Raises UserError that names one that is not finite."""
+    values = torch.stack(list(metrics.values())).tolist() if metrics else []
+    for name, value in sorted(zip(metrics, values), key=lambda x: not x[0].startswith("loss/")):
+        if not math.isfinite(value):
+            raise UserError(f"{name} became {value} at update {updates}; the last checkpoint is "
+                            "intact. Look at the environment's rewards and observations, or lower "
+                            "the learning rate, then --resume")
+    return dict(zip(metrics, values))
+
+
+class Log:
+    """The curves, the videos and the progress of a run; with enabled=False, nothing.
+
+    On a resume, `purge_step` strikes out what a killed run logged after its last checkpoint.
+    """
+
+    def __init__(self, run_dir: Path, args, step: int, updates: int, enabled: bool):
+        """`args`: total_timesteps, track and its wandb_*; all of them are shown in a table."""
+        self.total, self.writer, self.wandb = args.total_timesteps, None, None
+        self.mark, self.print_at, self.timed = (time.time(), step, updates), 0.0, False
+        self.bar = tqdm(total=self.total, initial=min(step, self.total), unit=" steps", smoothing=0,
+                        disable=not (enabled and sys.stderr.isatty()), dynamic_ncols=True,
+                        bar_format=UNTIMED)
+        if not enabled:
+            return
+        if args.track:  # first: it hooks into SummaryWriter
+            import wandb  # on a resume the name, as the id, continues the run there
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity,
+                                    name=run_dir.name, id=run_dir.name, resume="allow",
+                                    dir=str(run_dir), config=vars(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+        rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
+        self.writer.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]), step)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for tag, value in values.items() if self.writer else ():
+            self.writer.add_scalar(tag, value, step)
+
+    def video(self, tag: str, frames: np.ndarray, step: int) -> None:
+        """Add (T, H, W, 3) uint8 frames as an animated image; add_video would need moviepy."""
+        image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3,
+                              encoded_image_string=gif_bytes(frames))
+        value = Summary.Value(tag=tag, image=image)
+        self.writer.file_writer.add_summary(Summary(value=[value]), step)
+
+    def speeds(self, step: int, updates: int) -> dict[str, float]:
+        """Timesteps and updates per second since the last call."""
+        before, self.mark = self.mark, (time.time(), step, updates)
+        seconds = self.mark[0] - before[0]
+        return {"charts/SPS": (step - before[1]) / seconds,
+                "charts/updates_per_second": (updates - before[2]) / seconds}
+
+    def progress(self, step: int, **postfix: float) -> None:
+        """Move the bar; where stderr is no terminal, print a line a minute."""
+        words = {name: f"{value:.5g}" for name, value in postfix.items()}
+        if self.bar.disable and self.writer and time.time() > self.print_at:
+            self.print_at = time.time() + 60
+            print(f"timestep {step:,} of {self.total:,}", words, file=sys.stderr, flush=True)
+        if postfix["updates"] and not (self.timed or self.bar.disable):  # what came before says
+            # nothing about the time left
+            self.bar.start_t, self.bar.initial, self.bar.bar_format = time.time(), step, None
+            self.timed = True
+        self.bar.set_postfix(words, refresh=False)
+        self.bar.update(min(step, self.total) - self.bar.n)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system: a KILL after this loses none of it."""
+        if self.writer:
+            self.writer.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+        if self.wandb:
+            self.wandb.finish()

@@ -1,0 +1,227 @@
+"""The life of a run: when it logs, saves and stops, and what it says of itself."""
+
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.devices import gather, join, keep_freed_memory, max_over_ranks, prepare_torch
+from common.disk import (UserError, create_run_dir, load_checkpoint, lock_run_dir,
+                         replace_when_done, save_args)
+from common.log import Log, to_numbers
+from common.spaces import EnvError
+from common.video import side_by_side
+
+CHECKPOINT_SECONDS = 600  # the longest time between two checkpoints
+
+
+class Run:
+    """What surrounds the main loop of a new run, or of the rest of the one in `run_dir`.
+
+    With several processes only rank 0 makes files, except for the replay; all ranks begin, save and
+    leave together. As a context manager it saves at the end, and also after an EnvError, which does
+    no harm to the agent. After any other error the last checkpoint stays as it is.
+    """
+
+    def __init__(self, script: str, args, run_dir: Path | None):
+        """Join the other processes, seed, and make the run directory or read its checkpoint."""
+        self.args, self.rank, self.ranks, self.device = args, *join(args.cuda)
+        if args.batch_size % self.ranks:
+            raise UserError(f"--batch-size {args.batch_size} does not divide among {self.ranks} "
+                            "processes")
+        self.is_new, self.saved = run_dir is None, load_checkpoint(run_dir) if run_dir else None
+        if self.saved and len(self.saved["ranks"]) != self.ranks:
+            raise UserError(f"the run was made by {len(self.saved['ranks'])} processes, not "
+                            f"{self.ranks}; start as many")
+        if self.rank == 0:
+            run_dir = run_dir or create_run_dir(args.runs_dir, args.env_id,
+                                                args.exp_name or script, args.seed)
+            self.lock = lock_run_dir(run_dir)
+            save_args(run_dir, script, asdict(args))  # a resume remembers its flags, too
+        self.dir = gather(run_dir)[0]
+        self.films = str(self.dir / "videos") if args.capture_video and self.rank == 0 else ""
+        self.step = self.before = self.saved["step"] if self.saved else 0
+        self.seed = args.seed + 1_000 * self.rank + 1_000_000 * self.step
+        self.parent = os.getppid()
+        prepare_torch(args, args.seed)
+        self.generator = torch.cuda if self.device.type == "cuda" else torch.random
+        self.metrics, self.envs, self.log, self.started, self.stop = {}, None, None, False, False
+
+    def __enter__(self):
+        return self
+
+    def open_replay(self, replay_type: type, spec, capacity: int):
+        """The replay of this process."""
+        args, folder = self.args, self.dir / "replay"
+        folder = folder / f"rank{self.rank}" if self.ranks > 1 else folder
+        capacity = max(args.batch_length, math.ceil(capacity / self.ranks))
+        return replay_type(folder, spec, capacity, args.num_envs, args.seed + self.rank)
+
+    def start(self, envs, agent, feeder, open_loop, first_update: int) -> None:
+        """Restore the checkpoint, or write the first one; greet, and open the log.
+
+        `open_loop(agent, batch, context)` gives videos, or vector series, by name.
+        """
+        self.envs, self.agent, self.feeder, self.open_loop = envs, agent, feeder, open_loop
+        self.episodes, self.returns = 0, deque(maxlen=10)
+        if self.rank:  # the same weights on every rank, but not the same draws
+            torch.manual_seed(self.seed)
+        if self.saved:
+            self.restore()
+        if self.rank == 0:
+            self.greet(first_update)
+        self.log = Log(self.dir, self.args, self.step, agent.updates, self.rank == 0)
+        if threading.current_thread() is threading.main_thread():  # no other may do this
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.ask_to_stop)
+        self.save()  # so that there is always something to resume
+        self.started = True
+
+    def greet(self, first_update: int) -> None:
+        """Say where the run is and what it takes."""
+        rings = self.feeder.replay.rings
+        millions = sum(p.numel() for p in self.agent.parameters() if p.requires_grad) / 1e6
+        print(f"run directory: {self.dir}\nenvironment: {self.envs.spec}",
+              *(f"note: {notice}" for notice in self.envs.notices),
+              f"agent: {millions:.2f} million parameters, on {self.device}"
+              f"{' in bfloat16' if self.agent.bf16 else ''}",
+              f"replay buffer: {rings.capacity * rings.num_envs:,} timesteps, "
+              f"{rings.gibibytes:.2f} GiB of disk{' per rank' * (self.ranks > 1)}",
+              f"curves and dreams: tensorboard --logdir {shlex.quote(str(self.dir.parent))}",
+              f"{max(0, first_update - self.step):,} random timesteps first", sep="\n")
+        if self.device.type == "cpu" and millions > 4:
+            print("no GPU: so large a network takes days; comfortable on a laptop: python "
+                  f"{sys.argv[0]} --env-id CartPole-v1 --size XXS --total-timesteps 15000 "
+                  "--threads 1")
+
+    def ask_to_stop(self, number, frame) -> None:
+        """Handler of Ctrl-C and SIGTERM: leave the main loop; a second Ctrl-C stops at once."""
+        if self.stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop = True  # print() may not be called in a handler
+        os.write(2, b"\nStopping after this step; Ctrl-C stops at once and saves nothing.\n")
+
+    def stopping(self, metrics: dict | None = None) -> bool:
+        """Whether to leave the main loop; also saves, on all ranks, if that is long ago."""
+        self.metrics = metrics or self.metrics
+        is_orphan = self.ranks > 1 and os.getppid() != self.parent  # torchrun is gone
+        is_late = time.monotonic() - self.last_save > CHECKPOINT_SECONDS
+        agreed = max_over_ranks(2 if self.stop or is_orphan else int(is_late))
+        if agreed == 1:
+            self.save()
+        return agreed == 2
+
+    def due(self, every: int) -> bool:
+        """Whether this turn crossed a multiple of `every`; never if that is 0."""
+        return every > 0 and self.step // every > self.before // every
+
+    def log_and_save(self, obs, metrics: dict) -> None:
+        """What is due after the updates of a turn of the main loop; `obs` is what was acted on."""
+        args, agent, log = self.args, self.agent, self.log
+        if metrics and not self.metrics:  # the first update of this process is done
+            keep_freed_memory()
+        self.metrics = metrics
+        for env in np.flatnonzero(obs.is_last):
+            self.episodes += 1
+            self.returns.append(float(obs.episode_return[env]))
+            log.scalars({"charts/episodic_return": self.returns[-1],
+                         "charts/episodic_length": obs.episode_length[env],
+                         "charts/updates": agent.updates}, self.step)
+        if self.device.type == "cpu" or self.due(args.log_every):  # a GPU would be waited for
+            values = to_numbers(metrics, agent.updates)
+            if self.due(args.log_every):
+                log.scalars(values | log.speeds(self.step, agent.updates), self.step)
+        if self.due(args.video_every):
+            self.log_video()
+        if self.due(args.checkpoint_every):
+            self.save()
+        last = {"mean_return": np.mean(self.returns)} if self.returns else {}  # of up to 10
+        log.progress(self.step, **last, updates=agent.updates)
+        self.before = self.step
+
+    def log_video(self) -> None:
+        """What the agent imagines now; no random number that training uses is drawn for it."""
+        replay, length = self.feeder.replay, self.args.batch_length
+        if self.rank or not self.agent.updates or not replay.windows(length):
+            return
+        context = min(self.args.dream_context, length - 1)
+        batch = replay.sample(1, length, np.random.default_rng(self.step))
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            series = self.open_loop(self.agent, batch, context)
+        self.log.video("open_loop", side_by_side(series, context), self.step)
+
+    def save(self) -> None:
+        """Replay rows to disk first, then the checkpoint that refers to them."""
+        agent, replay = self.agent, self.feeder.replay
+        to_numbers(self.metrics, agent.updates)  # nothing that is not finite is saved
+        self.log.flush()  # what is logged up to here is never logged again
+        replay.rings.flush()
+        mine = {"replay": replay.state_dict(), "rng": self.generator.get_rng_state()}
+        everyone, self.last_save = gather(mine), time.monotonic()
+        if self.rank == 0:
+            state = {
+                "step": self.step, "updates": agent.updates, "agent": agent.state_dict(),
+                "optimizers": {name: opt.state_dict() for name, opt in agent.optimizers().items()},
+                "spec": asdict(self.envs.spec), "ranks": everyone, "episodes": self.episodes,
+                "returns": list(self.returns)}
+            with replace_when_done(self.dir / "checkpoint.pt") as file:
+                torch.save(state, file)
+
+    def restore(self) -> None:
+        """Undo `save`."""
+        saved, agent, mine = self.saved, self.agent, self.saved["ranks"][self.rank]
+        load_weights(agent, saved, self.envs.spec, self.dir)
+        for name, optimizer in agent.optimizers().items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        agent.updates, self.episodes = saved["updates"], saved["episodes"]
+        self.returns.extend(saved["returns"])
+        self.feeder.replay.load_state_dict(mine["replay"])
+        if len(mine["rng"]) == len(self.generator.get_rng_state()):  # else of another device
+            self.generator.set_rng_state(mine["rng"])
+
+    def __exit__(self, kind, error, trace) -> None:
+        is_saved = self.started and (error is None or isinstance(error, EnvError))
+        is_done = self.step >= self.args.total_timesteps
+        if is_saved:
+            if error and not is_done:
+                max_over_ranks(2)  # the others learn of it in `stopping`
+            self.save()
+            if is_done and self.before and self.args.video_every:
+                self.log_video()
+        for part in filter(None, (self.log, self.envs)):
+            part.close()
+        if self.started and hasattr(self.agent.learn, "free"):
+            self.agent.learn.free()  # nccl waits for ever for a CUDA graph of its collectives
+        if self.rank == 0 and not self.started and self.is_new:  # it leaves nothing behind
+            shutil.rmtree(self.dir, ignore_errors=True)
+        call = f"python {shlex.quote(sys.argv[0])} --%s {shlex.quote(str(self.dir))}"
+        if is_saved and error:
+            raise UserError(f"{error}; it is saved; go on with: {call % 'resume'}") from error
+        if is_saved and self.rank == 0 and not is_done:
+            print(f"stopped and saved; go on with: {call % 'resume'}")
+        elif is_saved and self.rank == 0:
+            mean = f"{np.mean(self.returns):g}" if self.returns else "unknown"
+            print(f"done after {self.episodes} episodes; mean return of the last ten: {mean}",
+                  call % "evaluate", call % "dream", sep="\n    ")
+
+
+def load_weights(agent, saved: dict, spec, run_dir: Path | str) -> None:
+    """Load a checkpoint into the agent of an environment; UserError if one of the two differs."""
+    if asdict(spec) != saved["spec"]:
+        raise UserError(f"the environment is {asdict(spec)}, {run_dir} was made with "
+                        f"{saved['spec']}")
+    try:
+        agent.load_state_dict(saved["agent"])
+    except RuntimeError as error:
+        raise UserError(f"{run_dir}/checkpoint.pt does not fit this code or these settings; use "
+                        "those that wrote it") from error
