@@ -52,20 +52,19 @@ class Run:
         self.films = str(self.dir / "videos") if args.capture_video and self.rank == 0 else ""
         self.step = self.before = self.saved["step"] if self.saved else 0
         self.seed = args.seed + 1_000 * self.rank + 1_000_000 * self.step
-        self.parent = os.getppid()
         prepare_torch(args, args.seed)
         self.generator = torch.cuda if self.device.type == "cuda" else torch.random
-        self.metrics, self.envs, self.log, self.started, self.stop = {}, None, None, False, False
+        self.metrics, self.returns, self.parent = {}, deque(maxlen=10), os.getppid()
+        self.envs, self.log, self.started, self.stop = None, None, False, False
 
     def __enter__(self):
         return self
 
     def open_replay(self, replay_type: type, spec, capacity: int):
         """The replay of this process."""
-        args, folder = self.args, self.dir / "replay"
-        folder = folder / f"rank{self.rank}" if self.ranks > 1 else folder
-        capacity = max(args.batch_length, math.ceil(capacity / self.ranks))
-        return replay_type(folder, spec, capacity, args.num_envs, args.seed + self.rank)
+        folder = self.dir / "replay" / (f"rank{self.rank}" if self.ranks > 1 else "")
+        capacity = max(self.args.batch_length, math.ceil(capacity / self.ranks))
+        return replay_type(folder, spec, capacity, self.args.num_envs, self.args.seed + self.rank)
 
     def start(self, envs, agent, feeder, open_loop, first_update: int) -> None:
         """Restore the checkpoint, or write the first one; greet, and open the log.
@@ -73,7 +72,6 @@ class Run:
         `open_loop(agent, batch, context)` gives videos, or vector series, by name.
         """
         self.envs, self.agent, self.feeder, self.open_loop = envs, agent, feeder, open_loop
-        self.episodes, self.returns = 0, deque(maxlen=10)
         if self.rank:  # the same weights on every rank, but not the same draws
             torch.manual_seed(self.seed)
         if self.saved:
@@ -100,9 +98,8 @@ class Run:
               f"curves and dreams: tensorboard --logdir {shlex.quote(str(self.dir.parent))}",
               f"{max(0, first_update - self.step):,} random timesteps first", sep="\n")
         if self.device.type == "cpu" and millions > 4:
-            print("no GPU: so large a network takes days; comfortable on a laptop: python "
-                  f"{sys.argv[0]} --env-id CartPole-v1 --size XXS --total-timesteps 15000 "
-                  "--threads 1")
+            print(f"no GPU: this takes days; made for a laptop: python {sys.argv[0]} --env-id "
+                  "CartPole-v1 --size XXS --total-timesteps 15000 --threads 1")
 
     def ask_to_stop(self, number, frame) -> None:
         """Handler of Ctrl-C and SIGTERM: leave the main loop; a second Ctrl-C stops at once."""
@@ -121,10 +118,6 @@ class Run:
             self.save()
         return agreed == 2
 
-    def due(self, every: int) -> bool:
-        """Whether this turn crossed a multiple of `every`; never if that is 0."""
-        return every > 0 and self.step // every > self.before // every
-
     def log_and_save(self, obs, metrics: dict) -> None:
         """What is due after the updates of a turn of the main loop; `obs` is what was acted on."""
         args, agent, log = self.args, self.agent, self.log
@@ -132,18 +125,19 @@ class Run:
             keep_freed_memory()
         self.metrics = metrics
         for env in np.flatnonzero(obs.is_last):
-            self.episodes += 1
             self.returns.append(float(obs.episode_return[env]))
             log.scalars({"charts/episodic_return": self.returns[-1],
                          "charts/episodic_length": obs.episode_length[env],
                          "charts/updates": agent.updates}, self.step)
-        if self.device.type == "cpu" or self.due(args.log_every):  # a GPU would be waited for
+        is_due = [every and self.step // every > self.before // every
+                  for every in (args.log_every, args.video_every, args.checkpoint_every)]
+        if self.device.type == "cpu" or is_due[0]:  # a GPU would be waited for
             values = to_numbers(metrics, agent.updates)
-            if self.due(args.log_every):
+            if is_due[0]:
                 log.scalars(values | log.speeds(self.step, agent.updates), self.step)
-        if self.due(args.video_every):
+        if is_due[1]:
             self.log_video()
-        if self.due(args.checkpoint_every):
+        if is_due[2]:
             self.save()
         last = {"mean_return": np.mean(self.returns)} if self.returns else {}  # of up to 10
         log.progress(self.step, **last, updates=agent.updates)
@@ -169,11 +163,9 @@ class Run:
         mine = {"replay": replay.state_dict(), "rng": self.generator.get_rng_state()}
         everyone, self.last_save = gather(mine), time.monotonic()
         if self.rank == 0:
-            state = {
-                "step": self.step, "updates": agent.updates, "agent": agent.state_dict(),
-                "optimizers": {name: opt.state_dict() for name, opt in agent.optimizers().items()},
-                "spec": asdict(self.envs.spec), "ranks": everyone, "episodes": self.episodes,
-                "returns": list(self.returns)}
+            moments = {name: opt.state_dict() for name, opt in agent.optimizers().items()}
+            state = {"step": self.step, "updates": agent.updates, "agent": agent.state_dict(),
+                     "optimizers": moments, "spec": asdict(self.envs.spec), "ranks": everyone}
             with replace_when_done(self.dir / "checkpoint.pt") as file:
                 torch.save(state, file)
 
@@ -183,8 +175,7 @@ class Run:
         load_weights(agent, saved, self.envs.spec, self.dir)
         for name, optimizer in agent.optimizers().items():
             optimizer.load_state_dict(saved["optimizers"][name])
-        agent.updates, self.episodes = saved["updates"], saved["episodes"]
-        self.returns.extend(saved["returns"])
+        agent.updates = saved["updates"]
         self.feeder.replay.load_state_dict(mine["replay"])
         if len(mine["rng"]) == len(self.generator.get_rng_state()):  # else of another device
             self.generator.set_rng_state(mine["rng"])
@@ -211,8 +202,8 @@ class Run:
             print(f"stopped and saved; go on with: {call % 'resume'}")
         elif is_saved and self.rank == 0:
             mean = f"{np.mean(self.returns):g}" if self.returns else "unknown"
-            print(f"done after {self.episodes} episodes; mean return of the last ten: {mean}",
-                  call % "evaluate", call % "dream", sep="\n    ")
+            print(f"done; mean return of the last ten episodes: {mean}", call % "evaluate",
+                  call % "dream", sep="\n    ")
 
 
 def load_weights(agent, saved: dict, spec, run_dir: Path | str) -> None:
