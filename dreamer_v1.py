@@ -3,7 +3,7 @@
     python dreamer_v1.py --env-id MsPacmanNoFrameskip-v4      train (discrete actions)
     python dreamer_v1.py --env-id CarRacing-v3 --action-repeat 2          continuous actions
     python dreamer_v1.py --env-id CartPole-v1 --size XXS      any Gymnasium environment
-    python dreamer_v1.py --resume RUN_DIR                     go on exactly where a run stopped
+    python dreamer_v1.py --resume RUN_DIR                     continue exactly where a run stopped
     python dreamer_v1.py --evaluate RUN_DIR                   play fresh episodes, print the returns
     python dreamer_v1.py --dream RUN_DIR                      happened | reconstructed | imagined
     torchrun --nproc-per-node 2 dreamer_v1.py --env-id ...    several GPUs
@@ -16,7 +16,7 @@ trajectories that they imagine in that model. One update (`Agent.train_step`):
     deter, stoch          <- RSSM along time: posterior states, and the prior at each of them
     world model           learns to predict image, vector, reward, end, and its own next posterior
     feat, action          <- from each of the N = T * B posterior states, H steps of prior and actor
-    reward, cont, value   <- heads and critic at the imagined states
+    reward, discount, value <- heads and critic at the imagined states
     ret                   <- lambda-return, backwards along the imagined steps
     actor                 learns what leads to a higher return
     critic                learns to predict the return
@@ -61,8 +61,7 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     E  embedding, 1024     D  deterministic state, 200     Z  stochastic state, 30
     F = D + Z  feature, 230     U  hidden units, 200     V  vector observation
     I, I, C  image, 64 64 3     K  classes of a one-hot action
-    Equations of the paper: 1 RSSM; 2, 3 Actor and Critic; 6 lambda_return; 7 actor_loss;
-    8 critic_loss; 10 world_model_loss
+    Equations of the paper stand where they are computed ("Eq. 6").
 
 What DreamerV1 brought (each tag stands where it happens), and what it is good for.
 From the paper:
@@ -95,17 +94,19 @@ Deviation (from the authors' code, danijar/dreamer 56d4d44)
     * Latent noise is drawn for each row; theirs is one vector for a batch: it looks accidental.
     * Updates are spread over the timesteps (theirs: 100 at once, every 1,000 frames). Our counts
       are timesteps (--expl-decay: frames), theirs frames: the same at an action repeat of 2.
-    * Discrete actions take the paper's setting without asking (TASKS), with exploration drawn for
-      each environment; theirs adds normal noise and predicts no end, unless told otherwise.
-      The chance of a random action is halved every 200,000 frames, so from 0.4 to 0.1 in 400,000:
-      their form, our number (paper: linearly, over 200,000 updates, here 4 million frames).
+    * Atari takes the paper's setting for discrete control (TASKS), with exploration drawn for each
+      environment; theirs adds normal noise unless told otherwise. Ends are predicted on every task
+      but DeepMind Control's, which have none (theirs: only if asked for). The chance of a random
+      action is halved every 200,000 frames, so from 0.4 to 0.1 in 400,000: their form, our number
+      (paper: linearly, over 200,000 updates, here 4 million frames).
     * With --pcont terminal starts have weight zero; the authors' windows hold no terminal state.
     * Images are resized by area (theirs: bilinear); `--clip-rewards clip` is ours;
       charts/episodic_return is that of training, with its noise (theirs: also of test episodes).
     * Random and other episodes are not played to their end before training goes on.
     * Evaluation takes tanh(mean), theirs the best of 100 samples.
-    * The action repeat is 1 (Atari: 4) unless asked for, theirs is 2; no time limit of 1,000 frames
-      is imposed, and a lost life ends nothing.
+    * The action repeat is 1 (control: 2, Atari: 4), theirs is 2 everywhere; no time limit of 1,000
+      frames is imposed, and a lost life ends nothing. The last picture of an Atari episode is the
+      last one (theirs repeats the one before). The row that ends an episode counts as a timestep.
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
@@ -134,7 +135,7 @@ from common.vector import Envs, EnvStep
 SCRIPT = Path(__file__).stem
 
 # ------------------------------------------------------------------------------------------- 2 Args
-TASKS = {  # what the paper changes for discrete control, and the authors for continuous control
+TASKS = {  # the paper's discrete control (expl_decay is ours), the authors' DeepMind Control
     "atari": dict(
         action_repeat=4, sticky=0.25, clip_rewards="tanh", imag_horizon=10, kl_scale=0.1,
         expl_amount=0.4, expl_min=0.1, expl_decay=200_000.0),
@@ -263,8 +264,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int):
-        """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
-        the files are those of another environment or of other settings."""
+        """Open the rings in `folder`, or make them. `UserError`: a full disk, or others' files."""
         layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
                   "is_first": (np.bool_, ()), "is_terminal": (np.bool_, ())}
         if spec.image_shape:
@@ -396,7 +396,9 @@ class OneHot:
         """Straight-through sample (..., K): forward one-hot, backward the gradient of `probs`."""
         index = draw_classes(self.probs.detach())
         onehot = torch.zeros_like(self.probs).scatter_(-1, index[..., None], 1)
-        return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
+        if not self.probs.requires_grad:
+            return onehot
+        return onehot + (self.probs - self.probs.detach())
 
     def mode(self) -> Tensor:
         """The most likely class as one-hot (..., K), without gradient."""
@@ -445,7 +447,7 @@ class Linear(nn.Linear):
     """Linear layer with the initialisation of the authors' code."""
 
     def reset_parameters(self) -> None:
-        """Initialise; `nn.Linear.__init__` calls this."""
+        """Called by `nn.Linear.__init__`."""
         init_output(self)
 
 
@@ -462,11 +464,11 @@ class Dense(Linear):
 
 
 class SplitDense(Dense):
-    """Dense layer of a concatenation: its product is a sum of two, W [a, b] = W_a a + W_b b.
+    """Dense layer of a concatenation: W [a, b] = W_a a + W_b b, then what `activate` does.
 
     Where b is known for all timesteps in advance, `project` computes W_b b for all of them at once,
-    and only W_a a is left for the loop. Two parameters, since the gradient of a slice of one would
-    be padded with zeros at every step of the loop.
+    and only W_a a is left for the loop. W_a and W_b are two parameters because the gradient of a
+    slice of one would be padded with zeros at every step of the loop.
     """
 
     def __init__(self, inputs_a: int, inputs_b: int, outputs: int):
@@ -605,7 +607,7 @@ class GRUCell(nn.GRUCell):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model: the recurrence, the prior and the posterior.
+    """Recurrent state-space model: the recurrence, the prior and the posterior. Eq. 1
 
     The authors' names: `img_` is imagination, not image; `obs_` sees the observation, too.
     """
@@ -639,6 +641,7 @@ class RSSM(nn.Module):
 
     def img_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """One imagined step: h (N, D), z (N, Z), a (N, A) -> next h (N, D), z ~ prior (N, Z)."""
+        # img_in([z, a]) = elu(W_z z + W_a a + b), and project_action gives W_a a + b
         x = self.img_in(stoch, self.project_action(action))  # (N, U)
         next_deter = self.gru(x, deter)  # (N, D)
         return next_deter, self.prior(next_deter).sample()
@@ -675,7 +678,7 @@ class RSSM(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward and continue head: what the world-model loss trains."""
+    """Encoder, RSSM, decoder, reward and discount head: what the world-model loss trains. Eq. 1"""
 
     def __init__(self, args: Args, spec: EnvSpec):
         super().__init__()
@@ -684,21 +687,21 @@ class WorldModel(nn.Module):
         self.rssm = RSSM(args, spec.action_dim, self.encoder.embed_dim)
         self.decoder = Decoder(args, spec, feat_dim)
         if args.pcont:
-            self.cont_head = Head(feat_dim, args.units, args.pcont_layers, 1)
+            self.discount_head = Head(feat_dim, args.units, args.pcont_layers, 1)
         self.reward_head = Head(feat_dim, args.units, args.reward_layers, 1)
 
     def reward(self, feat: Tensor) -> Normal:
         """(..., F) -> normal distribution of the reward (...) received with that state."""
         return Normal(self.reward_head(feat).squeeze(-1))
 
-    def cont(self, feat: Tensor) -> Bernoulli:
+    def discount(self, feat: Tensor) -> Bernoulli:
         """(..., F) -> distribution (...) whose mean is gamma times P(the episode goes on)."""
-        return Bernoulli(self.cont_head(feat).squeeze(-1))
+        return Bernoulli(self.discount_head(feat).squeeze(-1))
 
 
 # ------------------------------------------------------------------------------- 7 actor and critic
 class Actor(nn.Module):
-    """Feature -> policy pi(a_t | s_t)."""
+    """Feature -> policy pi(a_t | s_t), Eq. 2."""
 
     def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
         super().__init__()
@@ -722,7 +725,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Feature -> distribution of the return from there."""
+    """Feature -> distribution of the return from there, Eq. 3."""
 
     def __init__(self, args: Args, feat_dim: int):
         super().__init__()
@@ -764,7 +767,7 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     losses["reward"] = -model.reward(feat).log_prob(reward)
     if args.pcont:
         discount = args.gamma * (~batch.is_terminal).float()  # (T, B)
-        losses["cont"] = -args.pcont_scale * model.cont(feat).log_prob(discount)
+        losses["discount"] = -args.pcont_scale * model.discount(feat).log_prob(discount)
     kl = post.kl(prior)  # (T, B)
     losses["kl"] = args.kl_scale * mean_over_ranks(kl).clamp(min=args.free_nats)  # [V1-7]
     metrics["latent/kl"] = kl
@@ -787,13 +790,12 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
 
 
 def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_: float) -> Tensor:
-    """Lambda-returns of imagined trajectories, one per step, (H, N) or one step less.
+    """Lambda-returns of imagined trajectories, one per step: (H, N), or (G, N) in V1.
 
         R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
-        R_H = next_value_{H-1}                      after the last step the critic bootstraps
 
-    All arguments have the shape of the result and are aligned: what follows from step t stands at
-    index t.
+    After the last step the critic bootstraps: there R_{t+1} is next_value_t. All arguments have the
+    shape of the result and are aligned: what follows from step t stands at index t.
     """
     target = reward + discount * (1 - lambda_) * next_value
     returns, last = [], next_value[-1]
@@ -813,7 +815,7 @@ def actor_loss(ret: Tensor, weight: Tensor) -> Tensor:
 
 
 def critic_loss(value_dist: Normal, ret: Tensor, weight: Tensor) -> Tensor:
-    """Loss of the critic as a scalar, with the constant of a normal distribution:
+    """Loss of the critic as a scalar, with the constant of a normal distribution. Eq. 8:
         L = -mean w_t ln p(V_t|s_t) = mean w_t ( 1/2 (v_t - sg(V_t))^2 + const )
     All tensors have the same shape; w_t are the discounts before t, multiplied.
     """
@@ -833,10 +835,7 @@ class Optimizer:
         self.count = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
     def grads(self, loss: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Gradients of a scalar loss, for this optimiser's parameters only.
-
-        The actor's loss passes through world model and critic, too; they must not learn from it.
-        """
+        """Gradients of a scalar loss for these parameters alone, through whatever it passes."""
         grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
         average_over_ranks(grads)
         return grads
@@ -860,7 +859,7 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict:
-        """Adam's moments and counter, without the learning rate."""
+        """Adam's moments and counter."""
         return {"mean": self.mean, "square": self.square, "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
@@ -893,7 +892,8 @@ class Agent(nn.Module):
             self.learn = CudaGraph(self.learn)
 
     def train_step(self, batch: Batch, carry: State) -> dict[str, Tensor]:
-        """One update, from `carry`, the state before row 0; returns scalar metrics."""
+        """One update; returns scalar metrics. `carry` is the state before row 0: in training it has
+        no effect, because row 0 of every window is marked is_first; parity and tests set it."""
         metrics = self.learn(batch, carry)
         self.updates += 1
         return metrics
@@ -907,7 +907,7 @@ class Agent(nn.Module):
         # World model
         with self.autocast():
             losses, deter, stoch, metrics = world_model_loss(model, batch, carry, args)
-        loss_model = sum(loss.mean() for loss in losses.values())
+        loss_model = sum(loss.mean() for loss in losses.values())  # Eq. 10
         model_grads = self.model_opt.grads(loss_model)  # applied below
 
         # Imagination, from every posterior state
@@ -920,7 +920,7 @@ class Agent(nn.Module):
             value = self.critic(feat).mean()  # (H, N)
             discount = torch.full_like(reward, args.gamma)  # (G, N)
             if args.pcont:
-                discount = model.cont(feat[:-1]).mean()  # (G, N) [V1-4] gamma included
+                discount = model.discount(feat[:-1]).mean()  # (G, N) [V1-4] gamma included
 
         # Returns: reward and discount are those of state t itself, as in Eq. 6
         alive = torch.ones_like(discount[:1])  # (1, N)
@@ -981,7 +981,7 @@ class Agent(nn.Module):
 
 
 def random_actions(like: Tensor, discrete: bool) -> Tensor:
-    """Uniformly random actions of the shape (P, A) of `like`: one-hot, or within [-1, 1]."""
+    """Uniformly random actions (P, A), shaped as `like`: one-hot, or within [-1, 1]."""
     noise = torch.rand_like(like)
     return F.one_hot(noise.argmax(-1), like.shape[-1]).float() if discrete else 2 * noise - 1
 
@@ -1062,7 +1062,6 @@ def train(args: Args, run_dir: Path | None = None) -> None:
         run.start(envs, agent, feeder, open_loop, first_update(args, run.ranks))
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
-        # The state before a window. It has no effect: row 0 of every window is marked is_first.
         carry = agent.zero_state(args.batch_size // run.ranks)
         while run.step < args.total_timesteps and not run.stopping():
             random = run.step < first_update(args, run.ranks)

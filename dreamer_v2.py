@@ -2,7 +2,7 @@
 
     python dreamer_v2.py --env-id MsPacmanNoFrameskip-v4      train (the authors' Atari setting)
     python dreamer_v2.py --env-id CartPole-v1 --size XXS      any Gymnasium environment
-    python dreamer_v2.py --resume RUN_DIR                     go on exactly where a run stopped
+    python dreamer_v2.py --resume RUN_DIR                     continue exactly where a run stopped
     python dreamer_v2.py --evaluate RUN_DIR                   play fresh episodes, print the returns
     python dreamer_v2.py --dream RUN_DIR                      happened | reconstructed | imagined
     torchrun --nproc-per-node 2 dreamer_v2.py --env-id ...    several GPUs
@@ -15,7 +15,7 @@ trajectories that they imagine in that model. One update (`Agent.train_step`):
     deter, stoch          <- RSSM along time: posterior states, and the prior at each of them
     world model           learns to predict image, vector, reward, end, and its own next posterior
     feat, action          <- from each of the N = T * B posterior states, H steps of prior and actor
-    reward, cont, value   <- heads and critic at the imagined states
+    reward, discount, value <- heads and critic at the imagined states
     ret                   <- lambda-return, backwards along the imagined steps
     actor                 learns what leads to a higher return
     critic                learns to predict the return; a slow copy of it follows
@@ -49,18 +49,17 @@ Time alignment. A row of the replay buffer holds what is known when the action i
 
 Symbols (paper -> code), and the sizes that the shape comments name, time-major
     x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
-    a_t  action           r_t  reward   gamma_t  cont (d_t above)     V^lambda_t  ret (V_t above)
+    a_t  action           r_t  reward   gamma_t  discount (d_t above)   V^lambda_t  ret (V_t above)
     gamma  args.gamma     lambda  args.return_lambda    eta  args.actor_entropy
     alpha  args.kl_balance        beta  args.kl_scale        rho  1 - actor.dynamics
-    v_t  value_dist       v'_t  value    sg()  .detach()     q(z|h,x)  post    p(z|h)  prior
+    v_t  value_dist       v'_t  slow_value    sg()  .detach()     q(z|h,x)  post    p(z|h)  prior
     Dimension key
     T  replay time, 50     B  batch, 16     N = T * B  imagination starts, 800            (Atari)
     H  imagination horizon, 15     H1  H + 1     G  H - 1     A  action, 9     P  environments, 1
     E  embedding, 1536     D  deterministic state, 600     S, K  latents and classes, 32 each
     Z = S * K  stochastic state, 1024     F = D + Z  feature, 1624     U  hidden units, 600
     V  vector observation     I, I, C  image, 64 64 1
-    Equations of the paper: 1 RSSM, WorldModel; 2 world_model_loss; 3 Actor and Critic;
-    4 lambda_return; 5 critic_loss; 6 actor_loss. `cont` predicts gamma (1 - end)
+    Equations of the paper stand where they are computed ("Eq. 4").
 
 What changed since DreamerV1 (each tag stands where the change happens), and what it is good for.
 From the paper:
@@ -83,7 +82,7 @@ From the authors' code only:
     [V2-7]  the start of an imagined trajectory is its element 0: the critic learns there, too.
     [V2-10] the world model makes its step before the imagination (V1: all three losses first).
     Batches of 16, an update every 16 timesteps (paper: 50, 4), gamma 0.999 (paper: that, and 0.995
-    in its table): PAPER, TASKS. The game's own actions alone (paper: all 18).
+    in its table): TASKS. The game's own actions alone (paper: all 18).
     An action is credited with the return of the state that it leads to (Eq. 6: of its own).
 Tags [V1-n] are explained in dreamer_v1.py.
 
@@ -91,21 +90,20 @@ Deviation (from the authors' code, danijar/dreamerv2 07d906e)
     * No update is spent on building the variables.
     * bfloat16 is the default where the hardware supports it, from 256 units on (theirs: float16
       with loss scaling). `--amp off` is float32. State and acting stay in float32.
-    * --size XXS is ours, for laptops.
+    * --size XXS is ours, for laptops. Other tasks than Atari and DeepMind Control take the authors'
+      defaults, but with rewards as they are (theirs: tanh).
     * A row holds the action chosen at its observation (theirs: the one that led to it). Since a
       window starts with is_first, which zeroes that action, the maths is the same.
-    * Windows are drawn as in V3: uniformly from the ring of one environment, the running episode
-      included; they may cross the end of an episode, where is_first resets the state. Theirs are
-      from complete episodes of at least T rows: an episode is drawn uniformly whatever its length,
-      a window in it, on Atari, with a preference for its end.
-    * Training begins in the middle of an episode (theirs finishes it); the action repeat is 1
-      (Atari: 4) unless asked for, theirs is 2 for control. The row that ends an episode counts as a
-      timestep (theirs: decisions alone). Theirs makes one update more when training begins.
+    * Windows are drawn as in V3: uniformly from a ring, the running episode included; they may cross
+      the end of an episode, where is_first resets the state. Theirs are from complete episodes of
+      at least T rows, drawn whatever their length, on Atari with a preference for their end.
+    * Training begins in the middle of an episode (theirs finishes it). The row that ends an episode
+      counts as a timestep (theirs: decisions alone). Theirs makes one update more at the start.
+    * The last picture of an Atari episode is the last one (theirs repeats the one before).
     * The truncated normal is drawn by its inverse distribution function. Its gradient is theirs:
       d sample / d mean = 1 and d sample / d std = (sample - mean) / std, which ignores the bounds.
     * charts/episodic_return is that of training (theirs: also of test episodes).
-    * `--clip-rewards clip` is ours; theirs has `sign`, and also Gaussian latents, other forms of
-      the KL, heads that do not train the model, noise on actions, and a preset for Crafter.
+    * `--clip-rewards clip` is ours; theirs has `sign`, and more that no preset but Crafter's uses.
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
@@ -268,8 +266,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int):
-        """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
-        the files are those of another environment or of other settings."""
+        """Open the rings in `folder`, or make them. `UserError`: a full disk, or others' files."""
         layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
                   "is_first": (np.bool_, ()), "is_terminal": (np.bool_, ())}
         if spec.image_shape:
@@ -437,7 +434,9 @@ class OneHot:
         """Straight-through sample (..., K): forward one-hot, backward the gradient of `probs`."""
         index = draw_classes(self.probs.detach())
         onehot = torch.zeros_like(self.probs).scatter_(-1, index[..., None], 1)
-        return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
+        if not self.probs.requires_grad:
+            return onehot
+        return onehot + (self.probs - self.probs.detach())
 
     def mode(self) -> Tensor:
         """The most likely class as one-hot (..., K), without gradient."""
@@ -477,7 +476,7 @@ class Latent(OneHot):
 
     def detach(self) -> "Latent":
         """The same distribution, without gradient."""
-        twin = object.__new__(Latent)  # without computing the softmax again
+        twin = object.__new__(Latent)  # __init__ would compute the softmax again
         twin.probs, twin.logits = self.probs.detach(), self.logits.detach()
         return twin
 
@@ -521,7 +520,7 @@ class Linear(nn.Linear):
     """Linear layer with the initialisation of the authors' code."""
 
     def reset_parameters(self) -> None:
-        """Initialise; `nn.Linear.__init__` calls this."""
+        """Called by `nn.Linear.__init__`."""
         init_output(self)
 
 
@@ -538,11 +537,11 @@ class Dense(Linear):
 
 
 class SplitDense(Dense):
-    """Dense layer of a concatenation: its product is a sum of two, W [a, b] = W_a a + W_b b.
+    """Dense layer of a concatenation: W [a, b] = W_a a + W_b b, then what `activate` does.
 
     Where b is known for all timesteps in advance, `project` computes W_b b for all of them at once,
-    and only W_a a is left for the loop. Two parameters, since the gradient of a slice of one would
-    be padded with zeros at every step of the loop.
+    and only W_a a is left for the loop. W_a and W_b are two parameters because the gradient of a
+    slice of one would be padded with zeros at every step of the loop.
     """
 
     def __init__(self, inputs_a: int, inputs_b: int, outputs: int):
@@ -685,7 +684,7 @@ class NormGRUCell(nn.Module):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model: the recurrence, the prior and the posterior.
+    """Recurrent state-space model: the recurrence, the prior and the posterior. Eq. 1
 
     The authors' names: `img_` is imagination, not image; `obs_` sees the observation, too.
     """
@@ -719,6 +718,7 @@ class RSSM(nn.Module):
 
     def img_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """One imagined step: h (N, D), z (N, Z), a (N, A) -> next h (N, D), z ~ prior (N, Z)."""
+        # img_in([z, a]) = elu(W_z z + W_a a + b), and project_action gives W_a a + b
         x = self.img_in(stoch, self.project_action(action))  # (N, U)
         next_deter = self.gru(x, deter)  # (N, D)
         return next_deter, self.prior(next_deter).sample()
@@ -755,7 +755,7 @@ class RSSM(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward and continue head: what the world-model loss trains."""
+    """Encoder, RSSM, decoder, reward and discount head: what the world-model loss trains. Eq. 1"""
 
     def __init__(self, args: Args, spec: EnvSpec):
         super().__init__()
@@ -764,21 +764,21 @@ class WorldModel(nn.Module):
         self.rssm = RSSM(args, spec.action_dim, self.encoder.embed_dim)
         self.decoder = Decoder(args, spec, feat_dim)
         if args.pcont:
-            self.cont_head = Head(feat_dim, args.units, args.layers, 1)
+            self.discount_head = Head(feat_dim, args.units, args.layers, 1)
         self.reward_head = Head(feat_dim, args.units, args.layers, 1)
 
     def reward(self, feat: Tensor) -> Normal:
         """(..., F) -> normal distribution of the reward (...) received with that state."""
         return Normal(self.reward_head(feat).squeeze(-1))
 
-    def cont(self, feat: Tensor) -> Bernoulli:
+    def discount(self, feat: Tensor) -> Bernoulli:
         """(..., F) -> distribution (...) whose mean is gamma times P(the episode goes on)."""
-        return Bernoulli(self.cont_head(feat).squeeze(-1))
+        return Bernoulli(self.discount_head(feat).squeeze(-1))
 
 
 # ------------------------------------------------------------------------------- 7 actor and critic
 class Actor(nn.Module):
-    """Feature -> policy pi(a_t | s_t)."""
+    """Feature -> policy pi(a_t | s_t), Eq. 3."""
 
     def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
         super().__init__()
@@ -808,7 +808,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Feature -> distribution of the return from there."""
+    """Feature -> distribution of the return from there, Eq. 3."""
 
     def __init__(self, args: Args, feat_dim: int):
         super().__init__()
@@ -850,7 +850,7 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     losses["reward"] = -model.reward(feat).log_prob(reward)
     if args.pcont:
         discount = args.gamma * (~batch.is_terminal).float()  # (T, B)
-        losses["cont"] = -args.pcont_scale * model.cont(feat).log_prob(discount)
+        losses["discount"] = -args.pcont_scale * model.discount(feat).log_prob(discount)
     # [V2-2] Both have the same value; they differ in which side learns.
     kl_dyn, kl_rep = post.detach().kl(prior), post.kl(prior.detach())
     dyn, rep = (mean_over_ranks(kl).clamp(min=args.free_nats) for kl in (kl_dyn, kl_rep))
@@ -879,13 +879,12 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
 
 
 def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_: float) -> Tensor:
-    """Lambda-returns of imagined trajectories, one per step, (H, N) or one step less.
+    """Lambda-returns of imagined trajectories, one per step: (H, N), or (G, N) in V1.
 
         R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
-        R_H = next_value_{H-1}                      after the last step the critic bootstraps
 
-    All arguments have the shape of the result and are aligned: what follows from step t stands at
-    index t.
+    After the last step the critic bootstraps: there R_{t+1} is next_value_t. All arguments have the
+    shape of the result and are aligned: what follows from step t stands at index t.
     """
     target = reward + discount * (1 - lambda_) * next_value
     returns, last = [], next_value[-1]
@@ -906,7 +905,7 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
     """
     objective = ret  # [V1-2]
     if dynamics < 1:  # [V2-4]
-        chosen = action if dynamics else action.detach()  # in `both`, ln pi pulls at it, too
+        chosen = action if dynamics else action.detach()  # `both`: ln pi pulls, if continuous
         reinforce = policy.log_prob(chosen) * (ret - baseline).detach()  # (G, N)
         objective = dynamics * ret + (1 - dynamics) * reinforce  # (G, N)
     entropy = policy.entropy()  # [V2-5]
@@ -914,7 +913,7 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
 
 
 def critic_loss(value_dist: Normal, ret: Tensor, weight: Tensor) -> Tensor:
-    """Loss of the critic as a scalar, with the constant of a normal distribution:
+    """Loss of the critic as a scalar, with the constant of a normal distribution. Eq. 5:
         L = -mean w_t ln p(V_t|s_t) = mean w_t ( 1/2 (v_t - sg(V_t))^2 + const )
     All tensors have the same shape; w_t are the discounts before t, multiplied.
     """
@@ -934,10 +933,7 @@ class Optimizer:
         self.count = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
     def grads(self, loss: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Gradients of a scalar loss, for this optimiser's parameters only.
-
-        The actor's loss passes through world model and critic, too; they must not learn from it.
-        """
+        """Gradients of a scalar loss for these parameters alone, through whatever it passes."""
         grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
         average_over_ranks(grads)
         return grads
@@ -962,7 +958,7 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict:
-        """Adam's moments and counter, without the learning rate."""
+        """Adam's moments and counter."""
         return {"mean": self.mean, "square": self.square, "count": self.count}
 
     def load_state_dict(self, state: dict) -> None:
@@ -998,7 +994,8 @@ class Agent(nn.Module):
             self.learn = CudaGraph(self.learn)
 
     def train_step(self, batch: Batch, carry: State) -> dict[str, Tensor]:
-        """One update, from `carry`, the state before row 0; returns scalar metrics."""
+        """One update; returns scalar metrics. `carry` is the state before row 0: in training it has
+        no effect, because row 0 of every window is marked is_first; parity and tests set it."""
         metrics = self.learn(batch, carry)
         self.update_slow_critic()
         self.updates += 1
@@ -1014,7 +1011,7 @@ class Agent(nn.Module):
         # World model
         with self.autocast():
             losses, deter, stoch, metrics = world_model_loss(model, batch, carry, args)
-        loss_model = sum(loss.mean() for loss in losses.values())
+        loss_model = sum(loss.mean() for loss in losses.values())  # Eq. 2
         model_norm = self.model_opt.apply(self.model_opt.grads(loss_model))  # [V2-10]
 
         # Imagination, from every posterior state
@@ -1023,22 +1020,23 @@ class Agent(nn.Module):
                                         stoch.flatten(0, 1), args.imag_horizon)
             with torch.set_grad_enabled(self.actor.dynamics > 0):
                 reward = model.reward(feat[:-1]).mean()  # (H, N)
-                value = self.slow_critic(feat).mean()  # (H1, N) [V2-6]
+                slow_value = self.slow_critic(feat).mean()  # (H1, N) [V2-6]
                 discount = torch.full_like(reward, args.gamma)  # (H, N)
                 if args.pcont:  # at the start it is known whether the episode goes on
                     alive = (~batch.is_terminal).float().flatten()  # (N,) [V2-7]
-                    cont = model.cont(feat[1:-1]).mean()  # (G, N)
-                    discount = torch.cat([args.gamma * alive[None], cont])  # (H, N) [V1-4]
+                    later = model.discount(feat[1:-1]).mean()  # (G, N)
+                    discount = torch.cat([args.gamma * alive[None], later])  # (H, N) [V1-4]
             value_dist = self.critic(feat[:-1])
 
         # Returns: reward and discount are those of state t itself, as in Eq. 4
         ones = torch.ones_like(discount[:1])  # (1, N)
         weight = torch.cat([ones, discount[:-1]]).cumprod(0).detach()  # (H, N) [V1-5]
-        ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (H, N) [V1-3]
+        ret = lambda_return(reward, discount, slow_value[1:], args.return_lambda)  # (H, N) [V1-3]
 
-        # Actor and critic
-        loss_actor, entropy = actor_loss(self.actor.policy(raw[:-1]), action[:-1], ret[1:],
-                                         value[:-2], weight[:-1], self.actor.dynamics, args)
+        # Actor and critic. a_t is judged by the return of the state that it leads to, ret[t+1]
+        policy, chosen, baseline = self.actor.policy(raw[:-1]), action[:-1], slow_value[:-2]
+        loss_actor, entropy = actor_loss(policy, chosen, ret[1:], baseline, weight[:-1],
+                                         self.actor.dynamics, args)
         loss_critic = critic_loss(value_dist, ret, weight)
         metrics["actor/entropy"] = entropy
         actor_grads = self.actor_opt.grads(loss_actor)
@@ -1049,7 +1047,7 @@ class Agent(nn.Module):
         metrics |= {f"loss/{name}": loss for name, loss in losses.items()} | {
             "loss/model": loss_model, "loss/actor": loss_actor, "loss/critic": loss_critic,
             "grad_norm/model": model_norm, "grad_norm/actor": actor_norm,
-            "grad_norm/critic": critic_norm, "imagined/return": ret, "imagined/value": value,
+            "grad_norm/critic": critic_norm, "imagined/return": ret, "imagined/value": slow_value,
             "imagined/reward": reward}
         return {name: values.detach().mean() for name, values in metrics.items()}
 
@@ -1097,7 +1095,7 @@ class Agent(nn.Module):
 
 
 def random_actions(like: Tensor, discrete: bool) -> Tensor:
-    """Uniformly random actions of the shape (P, A) of `like`: one-hot, or within [-1, 1]."""
+    """Uniformly random actions (P, A), shaped as `like`: one-hot, or within [-1, 1]."""
     noise = torch.rand_like(like)
     return F.one_hot(noise.argmax(-1), like.shape[-1]).float() if discrete else 2 * noise - 1
 
@@ -1165,7 +1163,6 @@ def train(args: Args, run_dir: Path | None = None) -> None:
         run.start(envs, agent, feeder, open_loop, first_update(args, run.ranks))
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
-        # The state before a window. It has no effect: row 0 of every window is marked is_first.
         carry = agent.zero_state(args.batch_size // run.ranks)
         while run.step < args.total_timesteps and not run.stopping():
             random = run.step < first_update(args, run.ranks)

@@ -2,7 +2,7 @@
 
     python dreamer_v3.py --env-id MsPacmanNoFrameskip-v4      train (Atari-100k setting)
     python dreamer_v3.py --env-id CartPole-v1 --size XXS      any Gymnasium environment
-    python dreamer_v3.py --resume RUN_DIR                     go on exactly where a run stopped
+    python dreamer_v3.py --resume RUN_DIR                     continue exactly where a run stopped
     python dreamer_v3.py --evaluate RUN_DIR                   play fresh episodes, print the returns
     python dreamer_v3.py --dream RUN_DIR                      happened | reconstructed | imagined
     torchrun --nproc-per-node 2 dreamer_v3.py --env-id ...    several GPUs
@@ -51,16 +51,15 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
     a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
     gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
-    sg()  .detach()       q(z|h,x)  post       p(z|h)  prior
+    v'_t  slow_value      sg()  .detach()    q(z|h,x)  post    p(z|h)  prior
     Dimension key
     T  replay time, 64     B  batch, 16     N = T * B  imagination starts, 1024     (size S, Atari)
     H  imagination horizon, 15     H1  H + 1     A  action, 9     P  environments, 1
     E  embedding, 4096     D  deterministic state, 512     S, K  latents and classes, 32 each
     Z = S * K  stochastic state, 1024     F = D + Z  feature, 1536     U  hidden units, 512
-    L  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3
-    Equations of the paper: 1 vectors in world_model_loss; 2 symlog, symexp in common/maths.py;
-    3 RSSM, WorldModel; 4, 5 world_model_loss; 6 Actor, Critic; 7 lambda_return; 8 TwoHot.mean;
-    9 TwoHot.log_prob; 10 critic_loss; 11 actor_loss; 12 ReturnScale
+    M  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3
+    Equations of the paper stand where they are computed ("Eq. 7"); Eq. 2, symlog and symexp, is in
+    common/maths.py.
 
 What changed since DreamerV2 (each tag stands where the change happens), and what it is good for.
 From the paper:
@@ -99,8 +98,9 @@ Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
       acting stay in float32.
     * We do not draw the prior sample that their replay loop draws and never uses.
     * log1p(|x|) for ln(|x| + 1), torch's variance for E[x^2] - E[x]^2 in LayerNorm: less rounding.
-    * The first update is due at --learning-starts (theirs: once B * T windows can be sampled).
-    * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action.
+    * One environment (theirs: 4 for control); Atari starts with 1 to 30 no-ops (theirs: 0 to 29).
+    * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action. It
+      is a command of its own (theirs evaluates while it trains).
     * --size XXS is ours, for laptops; few of its numbers are the paper's. Two of its choices are
       those of their code of 2024: REINFORCE for continuous actions, too, and imagined steps weighed
       by the probability that the episode goes on (--cont-mean).
@@ -209,7 +209,7 @@ class Settings:
     critic_ema_regularizer: float = 1.0  # Scale of the loss towards the slow critic
     return_norm_low: float = 5.0  # Lower end of the return range, a percentile
     return_norm_high: float = 95.0  # Upper end of the return range, a percentile
-    return_norm_limit: float = 1.0  # L, smaller return ranges are not scaled up
+    return_norm_limit: float = 1.0  # Smaller return ranges are not scaled up
     return_norm_decay: float = 0.99  # Decay of the return range
 
 
@@ -271,8 +271,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int):
-        """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
-        the files are those of another environment or of other settings."""
+        """Open the rings in `folder`, or make them. `UserError`: a full disk, or others' files."""
         layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
                   "is_first": (np.bool_, ()), "is_terminal": (np.bool_, ())}
         if spec.image_shape:
@@ -384,7 +383,9 @@ class OneHot:
         """Straight-through sample (..., K): forward one-hot, backward the gradient of `probs`."""
         index = draw_classes(self.probs.detach())
         onehot = torch.zeros_like(self.probs).scatter_(-1, index[..., None], 1)
-        return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
+        if not self.probs.requires_grad:
+            return onehot
+        return onehot + (self.probs - self.probs.detach())
 
     def mode(self) -> Tensor:
         """The most likely class as one-hot (..., K), without gradient."""
@@ -424,7 +425,7 @@ class Latent(OneHot):
 
     def detach(self) -> "Latent":
         """The same distribution, without gradient."""
-        twin = object.__new__(Latent)  # without computing the softmax again
+        twin = object.__new__(Latent)  # __init__ would compute the softmax again
         twin.probs, twin.logits = self.probs.detach(), self.logits.detach()
         return twin
 
@@ -453,7 +454,7 @@ class TwoHot:
     """Distribution of a number over buckets that are evenly spaced in symlog space. [V3-4]"""
 
     def __init__(self, logits: Tensor):
-        """`logits` (..., L), one for each bucket between symlog values -20 and 20."""
+        """`logits` (..., M), one for each bucket between symlog values -20 and 20."""
         self.logits = logits
         self.buckets = torch.linspace(-20, 20, logits.shape[-1], device=logits.device)
 
@@ -471,7 +472,8 @@ class TwoHot:
         """sum_i twohot(symlog(value))_i ln p_i (...), Eq. 9.
 
         The weight is split between the two neighbouring buckets, more for the nearer one; a value
-        out of range puts all of it on the end bucket.
+        out of range puts all of it on the end bucket. Both weights sum to 1, so the normaliser of
+        ln p_i = logits_i - normaliser is subtracted once.
         """
         last = len(self.buckets) - 1
         target = symlog(value).clamp(self.buckets[0], self.buckets[last])
@@ -490,9 +492,8 @@ class TwoHot:
 def within_unit(action: Tensor) -> Tensor:
     """a / max(1, |a|): the value of clipping to [-1, 1], with gradient 1 / max(1, |a|). [V3-15]
 
-    From the authors' code: the environment clips actions, the replay holds them as they were drawn,
-    so the model must clip, too. A plain clip has no gradient outside of the bounds and could never
-    bring the actor back.
+    From the authors' code: the environment clips actions, the replay holds them as drawn, so the
+    model must clip, too. A plain clip has no gradient outside of the bounds to bring them back.
     """
     return action / action.detach().abs().clamp(min=1)
 
@@ -504,7 +505,8 @@ def init_hidden(layer: nn.Module) -> nn.Module:
     From the authors' code, for a layer with a norm behind it; the others have `init_output`.
     0.8796 is the standard deviation that is left after the cut.
     """
-    fans = sum(layer.weight.shape[:2]) * layer.weight[0, 0].numel()  # the kernel's area counts
+    # A weight is (out, in) or (out, in, height, width): both fans count the kernel's area.
+    fans = sum(layer.weight.shape[:2]) * layer.weight[0, 0].numel()
     std = math.sqrt(2 / fans) / 0.87962566103423978
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     return layer
@@ -532,7 +534,7 @@ class Linear(nn.Linear):
     """Linear layer with the initialisation of the authors' code."""
 
     def reset_parameters(self) -> None:
-        """Initialise; `nn.Linear.__init__` calls this."""
+        """Called by `nn.Linear.__init__`."""
         init_output(self)
 
 
@@ -544,7 +546,7 @@ class Dense(Linear):
         self.norm = Norm(outputs)
 
     def reset_parameters(self) -> None:
-        """Initialise; `nn.Linear.__init__` calls this."""
+        """Called by `nn.Linear.__init__`."""
         init_hidden(self)
 
     def activate(self, x: Tensor) -> Tensor:
@@ -557,11 +559,11 @@ class Dense(Linear):
 
 
 class SplitDense(Dense):
-    """Dense layer of a concatenation: its product is a sum of two, W [a, b] = W_a a + W_b b.
+    """Dense layer of a concatenation: silu(norm(W [a, b])) = silu(norm(W_a a + W_b b)).
 
     Where b is known for all timesteps in advance, `project` computes W_b b for all of them at once,
-    and only W_a a is left for the loop. Two parameters, since the gradient of a slice of one would
-    be padded with zeros at every step of the loop.
+    and only W_a a is left for the loop. W_a and W_b are two parameters because the gradient of a
+    slice of one would be padded with zeros at every step of the loop.
     """
 
     def __init__(self, inputs_a: int, inputs_b: int, outputs: int):
@@ -604,13 +606,10 @@ class Head(nn.Module):
 
 
 class ChannelNorm(Norm):
-    """Norm over the channels of an image batch, at each pixel for itself. [V3-8]
-
-    The images are channels-last in memory, so both permutations are free.
-    """
+    """Norm over the channels of an image batch, at each pixel for itself. [V3-8]"""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, c, h, w) -> the same shape and type; the norm itself is in float32."""
+        """(n, c, h, w), channels-last in memory, so that permutations are free -> the same."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -707,7 +706,7 @@ class NormGRUCell(nn.Module):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model: the recurrence, the prior and the posterior.
+    """Recurrent state-space model: the recurrence, the prior and the posterior. Eq. 3
 
     The authors' names: `img_` is imagination, not image; `obs_` sees the observation, too.
     """
@@ -742,6 +741,7 @@ class RSSM(nn.Module):
 
     def img_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """One imagined step: h (N, D), z (N, Z), a (N, A) -> next h (N, D), z ~ prior (N, Z)."""
+        # img_in([z, a]) = silu(norm(W_z z + W_a a)), and project_action gives W_a a
         x = self.img_in(stoch, self.project_action(action))  # (N, U)
         next_deter = self.gru(x, deter)  # (N, D)
         return next_deter, self.prior(next_deter).sample()
@@ -778,7 +778,7 @@ class RSSM(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward and continue head: what the world-model loss trains."""
+    """Encoder, RSSM, decoder, reward and continue head: what the world-model loss trains. Eq. 3"""
 
     def __init__(self, args: Args, spec: EnvSpec):
         super().__init__()
@@ -801,7 +801,7 @@ class WorldModel(nn.Module):
 
 # ------------------------------------------------------------------------------- 7 actor and critic
 class Actor(nn.Module):
-    """Feature -> policy pi(a_t | s_t)."""
+    """Feature -> policy pi(a_t | s_t), Eq. 6."""
 
     def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
         super().__init__()
@@ -809,9 +809,9 @@ class Actor(nn.Module):
         self.head = Head(feat_dim, args.units, args.layers, spec.action_dim)
         if not spec.discrete:
             self.std = Linear(args.units, spec.action_dim)  # [V2-11]
-        # How much of the gradient comes back through the dynamics, not from REINFORCE. [V2-4]
-        self.dynamics = {"auto": float(not spec.discrete), "reinforce": 0.0,
-                         "dynamics": 1.0}[args.actor_grad]
+        # Whether the gradient comes back through the dynamics, not from REINFORCE. [V2-4]
+        self.dynamics = {"auto": not spec.discrete, "reinforce": False,
+                         "dynamics": True}[args.actor_grad]
         self.min_std, self.max_std = args.actor_min_std, args.actor_max_std
         self.unimix = args.unimix
 
@@ -832,7 +832,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Feature -> distribution of the return from there."""
+    """Feature -> distribution of the return from there, Eq. 6."""
 
     def __init__(self, args: Args, feat_dim: int):
         super().__init__()
@@ -845,7 +845,7 @@ class Critic(nn.Module):
 
 
 class ReturnScale(nn.Module):
-    """S, a moving average of the range of returns between two percentiles, Eq. 12. [V3-5]"""
+    """A moving average of the range of returns between two percentiles, Eq. 12. [V3-5]"""
 
     def __init__(self, args: Args):
         super().__init__()
@@ -856,7 +856,7 @@ class ReturnScale(nn.Module):
 
     @torch.no_grad()
     def update(self, ret: Tensor) -> Tensor:
-        """Take in returns (H, N) of any scale; give the divisor max(1, S) as a scalar."""
+        """Take in returns (H, N) of any scale; give the divisor max(1, range) as a scalar."""
         now = torch.quantile(gather_ranks(ret.flatten()), self.percentiles)
         self.range.lerp_(now, 1 - self.decay)
         return (self.range[1] - self.range[0]).clamp(min=self.limit)
@@ -915,7 +915,7 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
     feats, actions, raws = [torch.cat([deter, stoch], -1)], [], []
     for _ in range(horizon):
         raws.append(actor(feats[-1].detach()))
-        with torch.set_grad_enabled(actor.dynamics > 0):
+        with torch.set_grad_enabled(actor.dynamics):
             actions.append(actor.policy(raws[-1]).sample())
             deter, stoch = model.rssm.img_step(deter, stoch, actions[-1])
             feats.append(torch.cat([deter, stoch], -1))
@@ -923,13 +923,12 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
 
 
 def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_: float) -> Tensor:
-    """Lambda-returns of imagined trajectories, one per step, (H, N) or one step less.
+    """Lambda-returns of imagined trajectories, one per step: (H, N), or (G, N) in V1.
 
         R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
-        R_H = next_value_{H-1}                      after the last step the critic bootstraps
 
-    All arguments have the shape of the result and are aligned: what follows from step t stands at
-    index t.
+    After the last step the critic bootstraps: there R_{t+1} is next_value_t. All arguments have the
+    shape of the result and are aligned: what follows from step t stands at index t.
     """
     target = reward + discount * (1 - lambda_) * next_value
     returns, last = [], next_value[-1]
@@ -940,14 +939,14 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_:
 
 
 def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline: Tensor,
-               scale: Tensor, weight: Tensor, dynamics: float,
+               scale: Tensor, weight: Tensor, dynamics: bool,
                args: Args) -> tuple[Tensor, Tensor]:
     """Loss of the actor as a scalar, and the policy's entropy (H, N). Eq. 11, with
         REINFORCE   L = -mean w_t ( ln pi(a_t|s_t) sg(A_t) + eta H[pi(.|s_t)] )
         dynamics    L = -mean w_t (                   A_t  + eta H[pi(.|s_t)] )
-    and A_t = (R_t - v_t) / max(1, S). Weights w_t and baseline v_t are in the authors' code only.
-    Through the dynamics the gradient reaches the actor by reward, value and baseline. `ret`,
-    `baseline` and `weight` are (H, N).
+    and A_t = (R_t - v_t) / max(1, range), where the paper writes S for the range of the returns.
+    Weights w_t and baseline v_t are in the authors' code only. Through the dynamics the gradient
+    comes by reward, value and baseline. `ret`, `baseline` and `weight` are (H, N).
     """
     objective = (ret - baseline) / scale  # (H, N) [V1-2] [V3-5]
     if not dynamics:  # [V2-4]
@@ -959,9 +958,8 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
 def critic_loss(value_dist: TwoHot, ret: Tensor, slow_value: Tensor, weight: Tensor,
                 args: Args) -> Tensor:
     """Loss of the critic as a scalar, Eq. 10, and the pull towards its slow copy. [V3-6]
-        L = -mean w_t ( ln p(R_t|s_t) + rho ln p(v'_t|s_t) )     v' the mean of the slow critic,
-                                                                 rho = args.critic_ema_regularizer
-    The weights w_t are in the authors' code only. All tensors are (H, N).
+        L = -mean w_t ( ln p(R_t|s_t) + regularizer ln p(v'_t|s_t) )
+    v' is the mean of the slow critic. Only the authors' code has the weights w_t. All are (H, N).
     """
     log_prob = value_dist.log_prob(ret.detach())  # (H, N)
     log_prob_slow = value_dist.log_prob(slow_value)  # (H, N)
@@ -978,10 +976,7 @@ class Optimizer:
                                      capturable=self.params[0].is_cuda)  # for a CUDA graph
 
     def grads(self, loss: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Gradients of a scalar loss, for this optimiser's parameters only.
-
-        The actor's loss passes through world model and critic, too; they must not learn from it.
-        """
+        """Gradients of a scalar loss for these parameters alone, through whatever it passes."""
         grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
         average_over_ranks(grads)
         return grads
@@ -999,7 +994,7 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict:
-        """Adam's moments and counter, without the learning rate."""
+        """Adam's moments and counter."""
         return self.adam.state_dict()["state"]
 
     def load_state_dict(self, state: dict) -> None:
@@ -1032,7 +1027,8 @@ class Agent(nn.Module):
             self.learn = CudaGraph(self.learn)
 
     def train_step(self, batch: Batch, carry: State) -> dict[str, Tensor]:
-        """One update, from `carry`, the state before row 0; returns scalar metrics."""
+        """One update; returns scalar metrics. `carry` is the state before row 0: in training it has
+        no effect, because row 0 of every window is marked is_first; parity and tests set it."""
         metrics = self.learn(batch, carry)
         self.update_slow_critic()
         self.updates += 1
@@ -1048,14 +1044,14 @@ class Agent(nn.Module):
         # World model
         with self.autocast():
             losses, deter, stoch, metrics = world_model_loss(model, batch, carry, args)
-        loss_model = sum(loss.mean() for loss in losses.values())
+        loss_model = sum(loss.mean() for loss in losses.values())  # Eq. 4
         model_norm = self.model_opt.apply(self.model_opt.grads(loss_model))  # [V2-10]
 
         # Imagination, from every posterior state
         with self.autocast():
             feat, action, raw = imagine(model, self.actor, deter.flatten(0, 1),
                                         stoch.flatten(0, 1), args.imag_horizon)
-            with torch.set_grad_enabled(self.actor.dynamics > 0):
+            with torch.set_grad_enabled(self.actor.dynamics):
                 reward = model.reward(feat[1:]).mean()  # (H, N)
             value_dist = self.critic(feat)
             value = value_dist.mean()  # (H1, N)
@@ -1065,6 +1061,9 @@ class Agent(nn.Module):
                 slow_value = self.slow_critic(feat[:-1]).mean()  # (H, N)
 
         # Returns. What follows from state t is r_{t+1}, c_{t+1} here; Eq. 7 writes r_t, c_t for it
+        #     alive      c_0         the start: is it no terminal?
+        #     discount   gamma c_1,  gamma c_2,    ...  gamma c_H
+        #     weight     c_0,        gamma c_0 c_1, ...  gamma^(H-1) c_0 ... c_{H-1}
         alive = (~batch.is_terminal).float().flatten()  # (N,) [V2-7] [V3-14]
         discount = args.gamma * cont  # (H, N)
         weight = torch.cat([alive[None], discount[:-1]]).cumprod(0)  # (H, N) [V1-5]
@@ -1077,7 +1076,7 @@ class Agent(nn.Module):
         loss_critic = critic_loss(value_dist[:-1], ret, slow_value, weight, args)
         metrics["actor/entropy"] = entropy
         # Through the dynamics, the actor's loss needs the critic's graph, too.
-        actor_grads = self.actor_opt.grads(loss_actor, retain_graph=self.actor.dynamics > 0)
+        actor_grads = self.actor_opt.grads(loss_actor, retain_graph=self.actor.dynamics)
         critic_grads = self.critic_opt.grads(loss_critic)
         actor_norm, critic_norm = (self.actor_opt.apply(actor_grads),
                                    self.critic_opt.apply(critic_grads))
@@ -1131,7 +1130,7 @@ class Agent(nn.Module):
 
 
 def random_actions(like: Tensor, discrete: bool) -> Tensor:
-    """Uniformly random actions of the shape (P, A) of `like`: one-hot, or within [-1, 1]."""
+    """Uniformly random actions (P, A), shaped as `like`: one-hot, or within [-1, 1]."""
     noise = torch.rand_like(like)
     return F.one_hot(noise.argmax(-1), like.shape[-1]).float() if discrete else 2 * noise - 1
 
@@ -1178,10 +1177,9 @@ def first_update(args: Args, ranks: int) -> int:
 
 
 def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
-    """Number of updates to make now. `done` were made before; `ranks` processes share the work.
+    """Number of updates to make now, of `ranks` processes together; `done` were made before.
 
-    From the first update on, each collected timestep is replayed `train_ratio` times on average;
-    --pretrain updates come on top.
+    Each collected timestep is replayed `train_ratio` times on average; --pretrain comes on top.
     """
     steps, replayed = step - first_update(args, ranks), args.batch_size * args.batch_length
     if steps < 0:
@@ -1199,7 +1197,6 @@ def train(args: Args, run_dir: Path | None = None) -> None:
         run.start(envs, agent, feeder, open_loop, first_update(args, run.ranks))
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
-        # The state before a window. It has no effect: row 0 of every window is marked is_first.
         carry = agent.zero_state(args.batch_size // run.ranks)
         while run.step < args.total_timesteps and not run.stopping():
             random = run.step < first_update(args, run.ranks)
