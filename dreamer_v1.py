@@ -111,6 +111,7 @@ Deviation (from the authors' code, danijar/dreamer 56d4d44)
 
 # ---------------------------------------------------------------------------------------- 1 imports
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -987,13 +988,22 @@ def random_actions(like: Tensor, discrete: bool) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- 10 dreaming
+def decode(model: WorldModel, feat: Tensor) -> Tensor:
+    """(T, B, F) -> images (T, B, I, I, C) uint8, or vectors (T, B, V) where there are no images."""
+    if not hasattr(model.decoder, "cnn"):
+        return model.decoder.vector(feat)
+    return ((model.decoder.image(feat) + 0.5).clamp(0, 1) * 255).round().byte()
+
+
 @torch.no_grad()
-def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]:
+def open_loop(agent: Agent, batch: Batch, context: int,
+              choose: Callable | None = None) -> dict[str, np.ndarray]:
     """What happened, what the model reconstructs, and what it imagines, for the first sequence.
 
-    The model infers its state from the first `context` observations of `batch` (T, B, ...); from
-    there on it is given the recorded actions and nothing else, up to the end of that episode.
-    Videos (T, I, I, C) uint8, or vectors (T, V) float32 for environments without images.
+    The model infers its state from the first `context` observations of `batch` (T, B, ...). From
+    there on it is given the recorded actions and nothing else, up to the end of that episode; or,
+    with B = 1, what `choose(picture, action)` makes of the imagined picture and the agent's own
+    action; None ends it. Videos (T, I, I, C) uint8, or vectors (T, V) float32.
     """
     ends = batch.is_first[context:, 0].nonzero()
     length = context + int(ends[0]) if len(ends) else len(batch.reward)
@@ -1007,18 +1017,19 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
     imag_deter, imag_stoch = replay_deter[context - 1], replay_stoch[context - 1]
     imag_feat = [*feat[:context]]
     for action in batch.action[context - 1:-1]:
+        if choose:
+            own = agent.actor.policy(agent.actor(imag_feat[-1])).sample()
+            action = choose(decode(model, imag_feat[-1][None])[0, 0].cpu().numpy(), own)
+            if action is None:
+                break
         imag_deter, imag_stoch = model.rssm.img_step(imag_deter, imag_stoch, action)
         imag_feat.append(torch.cat([imag_deter, imag_stoch], -1))
 
-    feats = torch.stack([feat[:, 0], torch.stack(imag_feat)[:, 0]], 1)  # (T, 2, F)
-    if batch.image is None:
-        vectors = model.decoder.vector(feats)  # (T, 2, V)
-        series = torch.cat([batch.vector[:, :1], vectors], 1)
-    else:
-        pixels = ((model.decoder.image(feats) + 0.5).clamp(0, 1) * 255).round().byte()
-        series = torch.cat([batch.image[:, :1], pixels], 1)
+    seen = torch.stack(imag_feat)  # (T, B, F)
+    truth = batch.vector if batch.image is None else batch.image
+    series = (truth, decode(model, feat), decode(model, seen))
     names = ["what happened", "reconstruction", "imagination"]
-    return dict(zip(names, series.transpose(0, 1).cpu().numpy()))
+    return {name: one[:len(seen), 0].cpu().numpy() for name, one in zip(names, series)}
 
 
 # ------------------------------------------------------------------------------------- 11 main loop

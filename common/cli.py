@@ -51,6 +51,7 @@ class RunArgs:
     eval_episodes: int = 10  # Episodes of --evaluate
     eval_greedy: bool = False  # Evaluate and dream with the most likely actions
     eval_env_seed: int | None = None  # Seed of the level that --evaluate and --dream play
+    dream_actions: Literal["recorded", "agent", "keyboard"] = "recorded"  # Who acts in the dream
     dream_context: int = 5  # Frames that the agent sees before it dreams on alone
     dream_horizon: int = 45  # Frames of pure imagination
 

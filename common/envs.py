@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from functools import partial
@@ -105,9 +106,6 @@ def _make(config: EnvConfig) -> gym.Env:
     env = gym.make(config.env_id, disable_env_checker=True, **kwargs)
     if config.pixels or config.films:
         env = Frames(env)
-    if config.films:
-        trigger = (lambda episode: True) if config.film_all else None
-        env = wrappers.RecordVideo(env, config.films, trigger, name_prefix=f"{os.getpid()}")
     if kind == "atari":
         env = Atari(env, config.noop_max, config.action_repeat, size,
                     grayscale_obs=config.grayscale, grayscale_newaxis=True)
@@ -116,6 +114,10 @@ def _make(config: EnvConfig) -> gym.Env:
     if config.pixels and kind != "atari":
         env.reset(seed=0)  # the next line resets without a seed, which would be random
         env = wrappers.AddRenderObservation(env, render_only=True)
+    if config.films:
+        trigger = (lambda episode: True) if config.film_all else None
+        folder = f"{config.films}/{time.strftime('%Y%m%d-%H%M%S')}"
+        env = wrappers.RecordVideo(env, folder, trigger, name_prefix="film")
     if config.max_episode_steps:
         env = wrappers.TimeLimit(env, config.max_episode_steps)
     env = ImageAndVector(standard_actions(env), size, config.grayscale)

@@ -15,7 +15,7 @@ from common.envs import make_env
 from common.run import load_weights
 from common.spaces import EnvSpec
 from common.vector import Envs, EnvStep
-from common.video import gif_bytes, side_by_side, strip
+from common.video import gif_bytes, side_by_side, strip, to_rgb
 
 
 
@@ -73,7 +73,7 @@ def dream(args, agent, run_dir: Path, open_loop, to_batch) -> None:
     """Write what the agent imagines as RUN_DIR/videos/dream.gif and dream.png.
 
     `to_batch(rows)` makes a batch of arrays (T, 1, ...) by their names, and
-    `open_loop(agent, batch, context)` gives the videos of it by their titles.
+    `open_loop(agent, batch, context, choose)` gives the videos of it by their titles.
     """
     context, length, steps = args.dream_context, args.dream_context + args.dream_horizon, deque()
     for obs, action in play(args, agent, 1):
@@ -84,15 +84,62 @@ def dream(args, agent, run_dir: Path, open_loop, to_batch) -> None:
     steps = list(steps)[middle:middle + length]
     if len(steps) <= context:
         raise UserError(f"the episode ended after {len(steps)} timesteps; lower --dream-context")
+    choose = None
+    if args.dream_actions != "recorded":  # a dream may last longer than what really happened
+        steps += steps[-1:] * (length - len(steps))
+        choose = Keyboard(args, agent) if args.dream_actions == "keyboard" else (
+            lambda picture, action: action)
     rows = {name: np.stack([step[name] for step in steps])
             for name in ("image", "vector", "action", "reward", "is_first", "is_terminal")
             if steps[0][name] is not None}
-    rows["is_first"][0] = True
-    series, path = open_loop(agent, to_batch(rows), context), run_dir / "videos" / "dream.gif"
+    rows["is_first"][:] = [[True]] + [[False]] * (len(steps) - 1)
+    series = open_loop(agent, to_batch(rows), context, choose)
+    name = "dream.gif" if choose is None else f"dream_{args.dream_actions}.gif"
+    path = run_dir / "videos" / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(gif_bytes(side_by_side(series, context)))
     Image.fromarray(strip(series, context, max(1, length // 10))).save(path.with_suffix(".png"))
     print("what happened | reconstruction | imagination:", path, path.with_suffix(".png"))
+
+
+class Keyboard:
+    """Shows each imagined picture in a window; the keys that are held there choose the action.
+
+    The keys are those of `gymnasium.utils.play` where the environment names some. Otherwise 1, 2,
+    ... stand for discrete actions, and arrows move the first two numbers of continuous ones.
+    """
+
+    def __init__(self, args, agent):
+        import pygame
+        if not agent.spec.image_shape:
+            raise UserError("a dream of numbers cannot be played; train with --pixels")
+        env = make_env(args.env_config).unwrapped
+        named = env.get_keys_to_action() if hasattr(env, "get_keys_to_action") else {
+            (str(index + 1),): index for index in range(agent.spec.action_dim)}
+        self.keys = {tuple(key if isinstance(key, int) else pygame.key.key_code(key)
+                           for key in keys): index for keys, index in named.items()}
+        self.pygame, self.discrete = pygame, agent.spec.discrete
+        self.window, self.clock = pygame.display.set_mode((512, 512)), pygame.time.Clock()
+
+    def __call__(self, picture: np.ndarray, action: torch.Tensor) -> torch.Tensor | None:
+        """The next action (1, A), or None once the window is closed or Escape is pressed."""
+        pygame, chosen = self.pygame, torch.zeros_like(action)
+        frame = to_rgb(picture).swapaxes(0, 1)
+        pygame.transform.scale(pygame.surfarray.make_surface(frame), (512, 512), self.window)
+        pygame.display.flip()
+        self.clock.tick(15)
+        events, held = pygame.event.get(), pygame.key.get_pressed()
+        if any(event.type == pygame.QUIT for event in events) or held[pygame.K_ESCAPE]:
+            pygame.quit()
+            return None
+        if self.discrete:
+            ready = [keys for keys in self.keys if all(held[key] for key in keys)]
+            chosen[0, self.keys[max(ready, key=len)] if ready else 0] = 1
+        else:
+            arrows = torch.tensor([held[pygame.K_RIGHT] - held[pygame.K_LEFT],
+                                   held[pygame.K_UP] - held[pygame.K_DOWN]]).float()
+            chosen[0, :2] = arrows[:chosen.shape[-1]]
+        return chosen
 
 
 def load(run_dir: Path | str, **flags) -> "Player":

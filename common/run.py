@@ -145,10 +145,12 @@ class Run:
 
     def log_video(self) -> None:
         """What the agent imagines now; no random number that training uses is drawn for it."""
-        replay, length = self.feeder.replay, self.args.batch_length
+        args, replay = self.args, self.feeder.replay
+        longest, least = args.dream_context + args.dream_horizon, args.batch_length
+        length = longest if replay.windows(longest) else least
         if self.rank or not self.agent.updates or not replay.windows(length):
             return
-        context = min(self.args.dream_context, length - 1)
+        context = min(args.dream_context, length - 1)
         batch = replay.sample(1, length, np.random.default_rng(self.step))
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             series = self.open_loop(self.agent, batch, context)
