@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py --script dreamer_v2                    the authors' setting
     python benchmarks/speed.py --size XXS --threads 1 --vector 4      the laptop preset
-    python benchmarks/speed.py --old OTHER_CHECKOUT                   beside another checkout of ours
+    python benchmarks/speed.py --old OTHER_CHECKOUT                   beside another version
     python benchmarks/speed.py --peer VENV/bin/python                 beside sheeprl 0.8.4
     python benchmarks/speed.py --table --write                        all records into the README
 
@@ -46,7 +46,7 @@ class Options:
     script: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3", "dreamer_v3_2025"] = "dreamer_v3"
     """Which agent."""
     size: str = ""
-    """--size of the script (empty: its default), or "tiny": deter 64, 8 latents, one layer of 64."""
+    """--size of the script (empty: its default), or "tiny": deter 64, 8 latents, layers of 64."""
     vector: int = 0
     """Observe a vector of so many numbers in place of images; not with --peer."""
     peer: str = ""
@@ -183,8 +183,9 @@ def git(*command: str, folder: Path = HERE) -> str:
 
 
 def commit(folder: Path = HERE) -> str:
-    """The commit of a checkout; its end says whether files differ from it."""
-    dirty = "-dirty" if git("status", "--porcelain", "-uno", folder=folder) else ""
+    """The commit of a checkout; its end says whether code differs from it."""
+    code = ("--", ":/*.py", ":(exclude,top)tests")
+    dirty = "-dirty" if git("status", "--porcelain", "-uno", *code, folder=folder) else ""
     return (git("rev-parse", "HEAD", folder=folder) or os.environ.get("COMMIT", "")) + dirty
 
 
