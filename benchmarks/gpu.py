@@ -278,9 +278,10 @@ STEPS = {step.__name__: step for step in (
 # ---------------------------------------------------------------------------------------- the whole
 def plan(options: Options) -> dict[str, tuple[str, dict]]:
     """Name -> which function with which arguments, the most telling first."""
-    scripts, tiny, steps = [options.script] if options.script else [*SIZES], options.device == "cpu", {}
+    scripts, tiny = [options.script] if options.script else [*SIZES], options.device == "cpu"
     eager = [mode for mode in MODES if "compiled" not in mode and not (tiny and "graph" in mode)]
     compiled = [mode for mode in MODES if "compiled" in mode and not tiny]  # takes a minute
+    steps = {}
 
     def add(function: str, script: str, *name: str, **arguments) -> None:
         words = " ".join(filter(None, (function, script, *name)))

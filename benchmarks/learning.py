@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
 from speed import HERE, commit, machine, markdown, short, write_between
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -244,21 +245,20 @@ def run(job: Job, options: Options, code: Code) -> dict:
              "--eval-greedy" + (f" --eval-env-seed {track}" if track else ""), output,
              options.limit)
         returns += [float(value) for value in re.findall(r"return (\S+),", output.read_text())]
-    timesteps, updates = progress(run_dir)
-    args = json.loads((run_dir / "args.json").read_text())["args"]
-    if timesteps < args["total_timesteps"] and not stopped:
-        raise RuntimeError(f"interrupted after {timesteps} of {args['total_timesteps']} timesteps")
+    saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+    total = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
+    if saved["step"] < total and not stopped:
+        raise RuntimeError(f"interrupted after {saved['step']} of {total} timesteps")
     job.result.parent.mkdir(parents=True, exist_ok=True)
     seconds = write_curve(run_dir, job.result.with_suffix(".csv"))
     fifth = len(memory) // 5  # the first fifth is for warming up
     record = {"command": f"python {job.script}.py {job.flags}", "commit": code.commit,
               "code": code.digest_of(job.script), "machine": machine(), "note": options.note,
               "parallel": options.parallel, "threads": options.threads,
-              "target": target(job.script, job.task, timesteps * args["action_repeat"]),
               "stopped_by_limit": stopped, "minutes": round(seconds / 60, 1),
               "memory_mib": [round(statistics.mean(memory[start:start + fifth]))
                              for start in (fifth, 4 * fifth)] if fifth else None,
-              "timesteps": timesteps, "updates": updates, "mean": statistics.mean(returns),
+              "timesteps": saved["step"], "updates": saved["updates"], "mean": statistics.mean(returns),
               "worst": min(returns), "best": max(returns), "returns": returns}
     job.result.write_text(json.dumps(record, indent=1) + "\n")
     return record
@@ -268,13 +268,6 @@ def run_directory(log: Path) -> Path | None:
     """The one that the output of a run names, if there is something to resume in it."""
     found = log.exists() and re.search(r"run directory: (.*)", log.read_text())
     return Path(found[1]) if found and Path(found[1], "checkpoint.pt").exists() else None
-
-
-def progress(run_dir: Path) -> tuple[int, int]:
-    """Timesteps and updates of a run, from its checkpoint."""
-    import torch  # takes seconds
-    saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-    return saved["step"], saved["updates"]
 
 
 def write_curve(run_dir: Path, path: Path) -> float:
@@ -342,7 +335,7 @@ def published(script: str, task: str) -> list[list[tuple[float, float]]]:
 def target(script: str, task: str, frames: float) -> tuple[float, ...]:
     """What a seed has to reach; or the least and the greatest published seed after these frames."""
     if task in TARGETS:
-        return (TARGETS[task][script],)
+        return (TARGETS[task][script.removesuffix("_2025")],)
     found = [np.interp(frames, *zip(*curve)) for curve in published(script, task)]
     return (round(min(found), 1), round(max(found), 1)) if found else ()
 

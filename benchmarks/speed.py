@@ -79,13 +79,6 @@ class Options:
         if self.peer and self.vector:
             sys.exit("error: the peer is measured on images, without --vector.")
 
-    @property
-    def precisions(self) -> list[bool]:
-        """Whether bf16, for each run of a side."""
-        native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-        return {"on": [True], "off": [False], "both": [False, True],
-                "auto": [False, True] if native else [False]}[self.amp]
-
 
 def setting(options: Options) -> dict:
     """All that a side has to know, in numbers: the same for all sides."""
@@ -128,17 +121,14 @@ class Process:
             sys.exit(f"{self.process.args[1]}: {what}: {reply['error']}")
         return reply
 
-    def close(self) -> None:
-        """Let it end."""
-        self.process.stdin.close()
-        self.process.wait()
-
 
 def start_sides(options: Options) -> dict[str, Process]:
     """By name, e.g. "ours float32"."""
     sides, common = {}, setting(options)
     ours = {"compile": options.compile, "cuda_graph": options.cuda_graph}
-    for bf16 in options.precisions:
+    native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    wanted = {"auto": "both" if native else "off"}.get(options.amp, options.amp)
+    for bf16 in {"on": [True], "off": [False], "both": [False, True]}[wanted]:
         common["bf16"], precision = bf16, "bf16" if bf16 else "float32"
         if options.peer:
             sides[f"sheeprl {precision}"] = Process(options.peer, "side_sheeprl.py", common)
@@ -167,8 +157,9 @@ def measure(options: Options) -> dict:
     ours = [side for name, side in sides.items() if name.startswith("ours")][-1]
     rates = {key: ours.ask("matmul", bf16=key == "bf16")["flops_per_second"]
              for key in ("float32", "bf16")}
-    for side in sides.values():
-        side.close()
+    for side in sides.values():  # without a line to read a side ends
+        side.process.stdin.close()
+        side.process.wait()
     return {"sides": results, "matmul": rates}
 
 
