@@ -48,7 +48,7 @@ def foresight(agent, options: Options) -> dict[str, dict[str, float]]:
     module = importlib.import_module(type(agent).__module__)
     files = options.run_dir / "replay"
     num_envs, capacity = np.load(files / "reward.npy", mmap_mode="r").shape
-    rings = module.ReplayBuffer(files, agent.spec, capacity, num_envs, 0, writable=False).rings
+    rings = module.ReplayBuffer(files, agent.spec, capacity, num_envs, 0).rings
     starts = np.arange(max(rings.oldest, rings.count - options.rows), rings.count - options.length,
                        options.length)
     if not len(starts):

@@ -102,12 +102,12 @@ class Ours(Side):
         super().__init__(setting)
         sys.path[:0] = [setting["root"]]
         self.script = importlib.import_module(setting["script"])
-        self.devices, envs = map(importlib.import_module, ("common.devices", "common.envs"))
+        self.devices = importlib.import_module("common.devices")
         graph = {"cuda_graph": True} if setting["cuda_graph"] else {}
         args = make_args(self.script, setting, **setting["sizes"], **graph,
                          compile=setting["compile"], amp="on" if setting["bf16"] else "off")
         image = None if setting["vector"] else (64, 64, setting["channels"])
-        self.spec = envs.EnvSpec(image, setting["vector"], setting["actions"], setting["discrete"])
+        self.spec = self.script.EnvSpec(image, setting["vector"], setting["actions"], setting["discrete"])
         self.agent = self.script.Agent(args, self.spec, self.device)
 
     def batch(self, length: int, rows: int) -> None:

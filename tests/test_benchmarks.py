@@ -13,7 +13,6 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 import dreamer_v3
-from common.envs import EnvSpec
 from common.vector import EnvStep
 from tests.conftest import ROOT, SCRIPTS
 
@@ -167,7 +166,7 @@ class Foreseeing:
     """An agent that knows all: the reward of a row is the sum of the actions since its window began."""
 
     __module__ = "dreamer_v3"
-    spec, device = EnvSpec(None, 1, 1, False), torch.device("cpu")
+    spec, device = dreamer_v3.EnvSpec(None, 1, 1, False), torch.device("cpu")
     args = types.SimpleNamespace(clip_rewards="none")
 
     def __init__(self):
