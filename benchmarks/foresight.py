@@ -3,11 +3,10 @@
     python benchmarks/foresight.py RUN_DIR
 
 The table has a row for each state that the head can be asked about: with the observation; one step
-ahead of it, without the observation; `--horizon` steps ahead, with the recorded actions alone. It
-gives the sum of the positive rewards, and of what the head says in these rows; the same for the
-negative rewards; and what the head says where there is none. A model that sees its own points
-better than its opponent's imagines too bright a future, and the actor believes it: the last line
-compares the reward that the actor imagines with the real one.
+ahead of it, without; `--horizon` steps ahead, with the recorded actions alone. It gives the sums of
+positive, of negative and of no rewards, each with what the head says in these rows. A model that
+sees its own points better than its opponent's imagines too bright a future, and the actor believes
+it: the last line compares the reward that the actor imagines with the real one.
 """
 
 import importlib

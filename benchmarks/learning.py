@@ -1,7 +1,6 @@
 """Does it learn? Runs the README's commands on several seeds and writes down what came of it.
 
     python benchmarks/learning.py --parallel 2                   the set "laptop", each script
-    python benchmarks/learning.py --scripts dreamer_v2 --tasks cartpole --seeds 1
     python benchmarks/learning.py --tasks control --seeds 1 2 --limit 120
     python benchmarks/learning.py --table --write                tables of all sets into the READMEs
 
@@ -99,8 +98,8 @@ PUBLISHED = {  # the authors' curves: file, suite of a task of control
     "dreamer_v3": ("dreamerv3_2023", "dmc_proprio"),
     "dreamer_v3_2025": ("dreamerv3_2023", "dmc_proprio"),
 }
-SAME_GAME = {"boxing": "boxing", "mspacman": "ms_pacman", "atari100k_boxing": "boxing",
-             "atari100k_mspacman": "ms_pacman", "atari100k_pong": "pong"}
+SAME_GAME = {"boxing": "boxing", "mspacman": "ms_pacman"} | {
+    f"atari100k_{name.replace('_', '')}": name for name in ("ms_pacman", "boxing", "pong")}
 PATIENCE = 900  # seconds for a run that was told to stop: an update, and all of its files
 
 
@@ -258,8 +257,9 @@ def run(job: Job, options: Options, code: Code) -> dict:
               "stopped_by_limit": stopped, "minutes": round(seconds / 60, 1),
               "memory_mib": [round(statistics.mean(memory[start:start + fifth]))
                              for start in (fifth, 4 * fifth)] if fifth else None,
-              "timesteps": saved["step"], "updates": saved["updates"], "mean": statistics.mean(returns),
-              "worst": min(returns), "best": max(returns), "returns": returns}
+              "timesteps": saved["step"], "updates": saved["updates"],
+              "mean": statistics.mean(returns), "worst": min(returns), "best": max(returns),
+              "returns": returns}
     job.result.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
@@ -295,7 +295,7 @@ def attempt(job: Job, options: Options, code: Code) -> bool:
     """Run and report; a run that fails does not stop the others."""
     try:
         found = run(job, options, code)
-    except Exception as error:  # whatever it is, it is reported, and the others go on
+    except Exception as error:
         print(f"{job.name}: {error!r}", flush=True)
         return False
     print(f"{job.name}: mean {found['mean']:.1f} (worst {found['worst']:.1f}, best "

@@ -9,6 +9,7 @@ This file runs under either Python: it needs numpy and torch.
 """
 
 import importlib
+import inspect
 import json
 import os
 import resource
@@ -107,8 +108,9 @@ class Ours(Side):
         args = make_args(self.script, setting, **setting["sizes"], **graph,
                          compile=setting["compile"], amp="on" if setting["bf16"] else "off")
         image = None if setting["vector"] else (64, 64, setting["channels"])
-        self.spec = self.script.EnvSpec(image, setting["vector"], setting["actions"], setting["discrete"])
-        self.agent = self.script.Agent(args, self.spec, self.device)
+        spec = self.script.EnvSpec(image, setting["vector"], setting["actions"],
+                                   setting["discrete"])
+        self.agent = self.script.Agent(args, spec, self.device)
 
     def batch(self, length: int, rows: int) -> None:
         """Use a batch of this shape from here on."""
@@ -118,9 +120,15 @@ class Ours(Side):
             for name, array in arrays.items()})
         self.carry = self.agent.zero_state(rows)
 
+    def train(self, batch) -> dict:
+        """The metrics of an update. A script that replays its states takes no `carry`."""
+        takes = inspect.signature(self.agent.train_step).parameters
+        found = self.agent.train_step(*(batch, self.carry)[:len(takes)])
+        return found if isinstance(found, dict) else found[0]
+
     def agent_step(self) -> None:
         """One update."""
-        self.agent.train_step(self.data, self.carry)
+        self.train(self.data)
         self.devices.keep_freed_memory()  # as a run does after the first one
 
     def parameters(self) -> dict:

@@ -73,11 +73,9 @@ class Options:
     """With --table: all of it into results/speed/table.md, the main rows into README.md."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be compared."""
+        """Refuse a checkout without this script."""
         if self.old and not Path(self.old, f"{self.script}.py").is_file():
             sys.exit(f"error: there is no {self.script}.py in {self.old}")
-        if self.peer and self.vector:
-            sys.exit("error: the peer is measured on images, without --vector.")
 
 
 def setting(options: Options) -> dict:
