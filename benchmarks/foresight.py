@@ -1,11 +1,12 @@
-"""Does a trained world model foresee rewards? The latest rows of a run's replay, and what the reward head says.
+"""Does a trained world model foresee rewards? It compares the replay with the reward head.
 
     python benchmarks/foresight.py RUN_DIR
 
-For each state that the head can be asked about (with the observation; one step ahead of it, without; `--horizon`
-steps ahead, with the recorded actions alone): what the rows with a positive, with a negative and without a reward
-sum up to, and what the head says to them. A model that sees its own points better than its opponent's imagines too
-bright a future, and the actor believes it: the last line compares its imagined reward with the real one.
+The table has a row for each state that the head can be asked about: with the observation; one step
+ahead of it, without; `--horizon` steps ahead, with the recorded actions alone. It gives the sums of
+positive, of negative and of no rewards, each with what the head says in these rows. A model that
+sees its own points better than its opponent's imagines too bright a future, and the actor believes
+it: the last line compares the reward that the actor imagines with the real one.
 """
 
 import importlib
@@ -30,7 +31,7 @@ class Options:
     rows: int = 4000
     """The latest rows of the first environment."""
     length: int = 48
-    """Rows of a window; the model sees all of it up to the state that it is asked about."""
+    """Rows of a window. The model sees all of it up to the state that it is asked about."""
     warmup: int = 10
     """Rows at the start of a window that are not asked about: the state is still vague."""
     horizon: int = 15
@@ -41,12 +42,12 @@ class Options:
 
 @torch.no_grad()
 def foresight(agent, options: Options) -> dict[str, dict[str, float]]:
-    """By the state that is asked: sums of rewards and of predictions; and means per step of the policy's imagination."""
+    """Sums of rewards and of predictions by the state that is asked; means of the policy."""
     model, actor = agent.world_model, agent.actor
     module = importlib.import_module(type(agent).__module__)
     files = options.run_dir / "replay"
     num_envs, capacity = np.load(files / "reward.npy", mmap_mode="r").shape
-    rings = module.ReplayBuffer(files, agent.spec, capacity, num_envs, 0, writable=False).rings
+    rings = module.ReplayBuffer(files, agent.spec, capacity, num_envs, 0).rings
     starts = np.arange(max(rings.oldest, rings.count - options.rows), rings.count - options.length,
                        options.length)
     if not len(starts):
@@ -56,7 +57,7 @@ def foresight(agent, options: Options) -> dict[str, dict[str, float]]:
     batch = module.to_batch(rows)
     batch = type(batch)(*(part if part is None else part.to(agent.device) for part in batch))
     real = {"none": batch.reward, "tanh": batch.reward.tanh(),
-            "clip": batch.reward.clamp(-1, 1)}[agent.args.clip_rewards]  # what was learnt
+            "clip": batch.reward.clamp(-1, 1)}[agent.args.clip_rewards]  # what the model learnt
 
     carry = agent.zero_state(len(starts))
     deter, stoch, _ = model.rssm.observe(
@@ -97,10 +98,11 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     found = foresight(play.load(options.run_dir, threads=options.threads).agent, options)
     policy = found.pop("policy")
-    print("| the state | positive | seen as | negative | seen as | none | seen as |\n" + "|---" * 7 + "|")
+    print("| the state | positive | seen as | negative | seen as | none | seen as |")
+    print("|---" * 7 + "|")
     for name, row in found.items():
         print(f"| {name} | " + " | ".join(f"{value:.0f}" for value in row.values()) + " |")
-    print(f"a step of the policy: {policy['imagined']:.4f} imagined, {policy['real']:.4f} in these rows")
+    print(f"a step of the policy: {policy['imagined']:.4f} imagined, {policy['real']:.4f} real")
 
 
 if __name__ == "__main__":

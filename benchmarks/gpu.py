@@ -1,21 +1,21 @@
 """One command for the day a GPU is at hand: are the scripts right on it, how fast, do they run?
 
     python benchmarks/gpu.py                                 as much as fits in eight minutes
-    python benchmarks/gpu.py --script v3 --minutes 5
-    python benchmarks/gpu.py --peer-python VENV/bin/python   also sheeprl 0.8.4, see side_sheeprl.py
+    python benchmarks/gpu.py --peer VENV/bin/python          also sheeprl 0.8.4, see side_sheeprl.py
     python benchmarks/gpu.py --device cpu                    the same steps with tiny networks
 
-In this order: parity with the authors' numbers; losses of the first updates in each mode beside
-float32's; host synchronisation inside an update; updates a second, memory and kernels; acting and
-environments; the peer; a real run that is killed, resumed, evaluated and made to dream. Every step
-is a process of its own: one that crashes or hangs costs itself alone. results/gpu_*.json is
-written after each step, so a run that is stopped leaves what it had.
+The steps, in this order: parity with the authors' numbers; losses of the first updates in each mode
+beside those in float32; host synchronisation inside an update; updates a second, memory, kernels;
+a real run that is killed, resumed, evaluated and made to dream; acting and environments; the peer;
+what has to be compiled. Every step is a process of its own: one that crashes or hangs costs itself
+alone. The record, results/gpu/*.json, is written after each step.
 
-By estimate all steps take half an hour, most of it compiling. Where time is short, first what does not
-need the GPU alone, the three scripts at once with a folder each; then what is timed; then compiling:
+All steps take half an hour by estimate, most of it compiling. Where time is short, begin with what
+does not need the GPU alone, the scripts at once with a folder each; then time, then compile:
 
-    for v in v1 v2 v3; do python benchmarks/gpu.py --script $v --minutes 5 --results out/$v --only \\
-        parity "losses dreamer_$v float32" "losses dreamer_$v graph" synchronisation real_run & done; wait
+    for v in 1 2 3; do python benchmarks/gpu.py --script dreamer_v$v --minutes 5 --results out/$v \\
+        --only parity "losses dreamer_v$v float32" "losses dreamer_v$v graph" synchronisation \\
+        real_run & done; wait
     python benchmarks/gpu.py --results out --only "speed dreamer_v3 S" "speed dreamer_v2" \\
         "speed dreamer_v1" acting peer
     python benchmarks/gpu.py --results out --only "speed dreamer_v3 S bf16 compiled" \\
@@ -40,15 +40,18 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from side_ours import Ours
-from speed import HERE, git, machine
+from side import Ours, make_args
+from speed import HERE, commit, machine, markdown, setting
 from speed import Options as Speed
 
 MODES = {  # of an update: what differs from float32
     "float32": {}, "bf16": dict(bf16=True), "graph": dict(cuda_graph=True),
     "bf16 graph": dict(bf16=True, cuda_graph=True), "bf16 compiled": dict(bf16=True, compile=True),
     "bf16 graph compiled": dict(bf16=True, cuda_graph=True, compile=True)}
-SIZES = {"dreamer_v3": ("S", "XL"), "dreamer_v2": ("paper",), "dreamer_v1": ("paper",)}
+SIZES = {  # of each script, the authors' first
+    script: sizes for script, sizes in {
+        "dreamer_v3": ("S", "XL"), "dreamer_v2": ("paper",), "dreamer_v1": ("paper",),
+        "dreamer_v3_2025": ("",)}.items() if (HERE.parent / f"{script}.py").exists()}
 UPDATES = 5  # a CUDA graph is recorded in the fourth
 SLOWEST = 300.0  # seconds that a step may take
 SAID = 5000  # characters that are kept of what a failed step said
@@ -59,45 +62,39 @@ GAME = "MsPacmanNoFrameskip-v4"
 class Options:
     """What to measure."""
 
-    script: Literal["v1", "v2", "v3"] | None = None
-    """None: all three, V3 first."""
+    script: Literal[("", *SIZES)] = ""
+    """Empty: all of them, V3 first."""
     minutes: float = 8.0
     """After which what has not been done is left out."""
     device: Literal["cuda", "cpu"] = "cuda"
     """cpu: tiny networks, to see that this file works."""
-    peer_python: str = ""
+    peer: str = ""
     """Python of sheeprl's virtual environment."""
-    results: str = str(HERE / "results")
+    results: str = str(HERE / "results" / "gpu")
     """Folder of the record."""
     only: tuple[str, ...] = ()
     """Names of steps, or how they begin; none: all."""
 
-    @property
-    def is_tiny(self) -> bool:
-        """Whether this is no measurement."""
-        return self.device == "cpu"
 
-
-# ------------------------------------------------------------------------------- steps, each a process
+# ---------------------------------------------------------------------------- steps, each a process
 def parity(script: str, device: str, **_) -> dict:
     """The fixtures in float32, TF32 off, with ten times the CPU's tolerances."""
-    command = ["-m", "tests.parity", script[-2:], "--device", device, "--slack", "10"]
-    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, text=True, capture_output=True)
+    command = [sys.executable, "-m", "tests.parity", script.removeprefix("dreamer_"),
+               "--device", device, "--slack", "10"]
+    done = subprocess.run(command, cwd=HERE.parent, text=True, capture_output=True)
     lines = (done.stdout + done.stderr).splitlines()
-    total = [line for line in lines if " fixtures, " in line] or [f"exit status {done.returncode}"]
+    total = [line for line in lines if " fixtures, " in line] or lines[-1:]
     kept = [line for line in lines if line.startswith("largest") or line.endswith("FAIL")]
     return {"exit_status": done.returncode, "summary": total, "lines": kept[:40]}
 
 
 def side(script: str, device: str, size: str, mode: str, tiny: bool) -> Ours:
     """An agent of ours with a batch, at the sizes of the authors' setting or at tiny ones."""
-    flags = {"bf16": False, "compile": False} | MODES[mode]
-    options = Speed(script=script, size=size, setting="tiny" if tiny else "size")
-    importlib.import_module("common.devices").seed_everything(0, deterministic=True)  # as a run
-    made = Ours({name: getattr(options, name) for name in (
-        "script", "sizes", "horizon", "actions", "discrete", "channels")} | flags | {
-        "threads": 1 if tiny else 0, "root": str(HERE.parent), "device": device})
-    made.batch(*((8, 2) if tiny else (options.batch_length, options.batch_size)))
+    found = setting(Speed(script=script, size="tiny" if tiny else size, threads=int(tiny)))
+    module, devices = map(importlib.import_module, (script, "common.devices"))
+    devices.prepare_torch(make_args(module, found, threads=int(tiny)), 0)  # as a run
+    made = Ours(found | MODES[mode] | {"root": str(HERE.parent), "device": device})
+    made.batch(*((8, 2) if tiny else (found["length"], found["rows"])))
     return made
 
 
@@ -108,7 +105,7 @@ def losses(script: str, mode: str, **rest) -> dict:
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     module, found = importlib.import_module(script), {}
-    for how in ("drawn", "drawn again", "by rule"):  # what differs between the first two is not exact
+    for how in ("drawn", "drawn again", "by rule"):  # the first two differ where it is not exact
         if how == "by rule":
             module.draw_classes = lambda probs: probs.argmax(-1)
             for name in {"draw_noise", "draw_truncated"} & vars(module).keys():
@@ -117,8 +114,7 @@ def losses(script: str, mode: str, **rest) -> dict:
         torch.manual_seed(1)
         found[how] = []
         for _ in range(UPDATES):
-            metrics = ours.agent.train_step(ours.data, ours.carry)
-            found[how].append({name: float(value) for name, value in metrics.items()
+            found[how].append({name: float(value) for name, value in ours.train(ours.data).items()
                                if name.startswith("loss/")})
         if hasattr(ours.agent.learn, "free"):
             ours.agent.learn.free()
@@ -133,7 +129,7 @@ def synchronisation(device: str, **rest) -> dict:
     feeder = ours.script.Feeder(replay, ours.device, *reversed(batch.reward.shape))
 
     def turn():
-        ours.agent.train_step(feeder.next(), ours.carry)
+        ours.train(feeder.next())
         feeder.prepare()
 
     for _ in range(UPDATES):
@@ -165,7 +161,7 @@ def speed(script: str, mode: str, size: str, device: str, tiny: bool) -> dict:
         return found
     try:
         return found | kernels(ours, device)
-    except RuntimeError as error:  # the profiler's, which must not cost what was measured
+    except RuntimeError as error:  # of the profiler: it must not cost what was measured
         return found | {"profiler": repr(error)}
 
 
@@ -176,126 +172,98 @@ def kernels(ours: Ours, device: str) -> dict:
     with torch.profiler.profile(activities=kinds) as profile:
         ours.agent_step()
         ours.wait()
-    kind = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
-    events = [event for event in profile.events()
-              if event.device_type == kind and not getattr(event, "is_user_annotation", False)]
+    name, kind = f"self_{device if device == 'cpu' else 'device'}_time_total", device.upper()
+    events = [event for event in profile.events() if event.device_type.name == kind
+              and not getattr(event, "is_user_annotation", False)]
     total: dict[str, list[float]] = {}
     for event in events:
-        time_us = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        total.setdefault(event.name[:80], []).append(time_us)
-    dearest = sorted(total, key=lambda name: -sum(total[name]))[:10]
+        total.setdefault(event.name[:80], []).append(getattr(event, name))
+    dearest = sorted(total, key=lambda kernel: -sum(total[kernel]))[:10]
     return {"kernels": len(events), "kernel_seconds": sum(map(sum, total.values())) / 1e6,
-            "dearest": [{"name": name, "count": len(total[name]), "ms": sum(total[name]) / 1e3}
-                        for name in dearest]}
+            "dearest": [{"name": kernel, "count": len(total[kernel]),
+                         "ms": sum(total[kernel]) / 1e3} for kernel in dearest]}
 
 
 def acting(device: str, tiny: bool, **rest) -> dict:
-    """Milliseconds to act; environment steps a second with the agent acting and learning."""
+    """Timesteps a second of the loop: act, update once, step the environments meanwhile."""
     ours, found = side(device=device, tiny=tiny, **rest), {}
+    config = ours.script.EnvConfig(GAME, action_repeat=4, grayscale=ours.setting["channels"] == 1)
     for _ in range(UPDATES):
         ours.agent_step()
-    for rows in (1, 16):
-        times = ours.act(rows, 5 if tiny else 200)["seconds"]
-        found[f"act_{rows}_ms"] = 1e3 * statistics.median(times)
     for num_envs in (1,) if tiny else (1, 4, 16):
-        found[f"envs_{num_envs}"] = loop(ours, num_envs, seconds=0.5 if tiny else 6.0)
-    return found
-
-
-def loop(ours: Ours, num_envs: int, seconds: float) -> dict:
-    """Act, update once, step the environments, as the main loop does: the GPU works meanwhile."""
-    config = ours.script.EnvConfig(GAME, action_repeat=4,
-                                   grayscale=ours.setting["channels"] == 1)
-    envs, turns = ours.script.Envs(config, num_envs, seed=0), 0
-    try:
-        obs, state = envs.reset(), ours.zero_state(num_envs)
-        ours.wait()
-        start = time.perf_counter()
-        while time.perf_counter() - start < seconds:
+        several, turns = ours.script.Envs(config, num_envs, seed=0), 0
+        obs, state = several.reset(), ours.agent.zero_state(num_envs)
+        count = several.spec.action_dim
+        times = [ours.clock(lambda: ours.agent.act(obs, state).action.cpu())  # noqa: B023
+                 for _ in range(5 if tiny else 200)]
+        begin, passed = time.perf_counter(), 0.0
+        while passed < (0.5 if tiny else 6.0):
             state = ours.agent.act(obs, state)
-            chosen = state.action.argmax(-1).cpu().numpy() % envs.spec.action_dim
+            chosen = state.action.argmax(-1).cpu().numpy() % count
             ours.agent_step()
-            obs = envs.step(np.eye(envs.spec.action_dim)[chosen])
-            turns += 1
-        ours.wait()
-        passed = time.perf_counter() - start
-    finally:
-        envs.close()
-    return {"timesteps_per_second": turns * num_envs / passed, "updates_per_second": turns / passed}
+            obs, turns = several.step(np.eye(count)[chosen]), turns + 1
+            passed = time.perf_counter() - begin
+        several.close()
+        found[f"envs_{num_envs}"] = {"timesteps_per_second": turns * num_envs / passed,
+                                     "updates_per_second": turns / passed,
+                                     "act_ms": 1e3 * statistics.median(times)}
+    return found
 
 
 def real_run(script: str, device: str, tiny: bool, **_) -> dict:
     """200 timesteps of the real command: KILLed, resumed, evaluated, made to dream.
 
-    Then from its recording alone, which takes no step of an environment: 20 timesteps in one go and
-    in two, which must end with the same weights. And 120 timesteps of continuous actions, by torchrun.
+    And 120 timesteps of continuous actions, by torchrun.
     """
     flags = ["--total-timesteps", "200", "--learning-starts", "70", "--checkpoint-every", "20",
              "--pretrain", "1", "--max-episode-steps", "60", "--threads", "1"]
     flags += ["--video-every", "100"] if device == "cuda" else ["--no-cuda", "--train-ratio", "20"]
-    if tiny:
-        flags += ["--size", "XXS", "--batch-size", "2", "--batch-length", "8", "--depth", "2"]
-    else:
-        flags += ["--cuda-graph"]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE.parent / f"{script}.py")]
+    flags += ["--size", "XXS", "--batch-size", "2", "--batch-length", "8", "--depth", "2"] * tiny
+    flags += ["--cuda-graph"] * (not tiny)
+    command = [sys.executable, str(HERE.parent / f"{script}.py")]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
 
         def call(*more: str) -> dict:
             done = subprocess.run([*command, *more], cwd=folder, text=True, capture_output=True)
             return {"exit_status": done.returncode, "said": (done.stdout + done.stderr)[-SAID:]}
 
-        rows = Path(folder)
-        with open(rows / "said", "w") as said:
+        with open(folder / "said", "w") as said:
             first = subprocess.Popen([*command, "--env-id", GAME, *flags],
                                      cwd=folder, stdout=said, stderr=subprocess.STDOUT)
         while first.poll() is None and not any(
-                np.load(path)[1] > 100 for path in rows.glob("runs/*/replay/rows.npy")):
+                rows_of(path) > 100 for path in folder.glob("runs/*")):
             time.sleep(0.1)
         if first.poll() is not None:
             return {"error": f"exit status {first.returncode} before it was killed",
-                    "said": (rows / "said").read_text()[-SAID:]}
+                    "said": (folder / "said").read_text()[-SAID:]}
         first.send_signal(signal.SIGKILL)
         first.wait()
-        run_dir = next(rows.glob("runs/*"))
-        found = {"killed_at": int(np.load(run_dir / "replay" / "rows.npy")[1]),
-                 "resume": call("--resume", str(run_dir)),
+        run_dir = next(folder.glob("runs/*"))
+        found = {"killed_at": rows_of(run_dir), "resume": call("--resume", str(run_dir)),
                  "evaluate": call("--evaluate", str(run_dir), "--eval-episodes", "2"),
                  "dream": call("--dream", str(run_dir), "--dream-horizon", "10")}
-        gif = run_dir / "videos" / "dream.gif"
-        found |= {"dream_bytes": gif.stat().st_size if gif.exists() else 0}
-        recorded = [*flags, "--env-id", GAME, "--offline", str(run_dir), "--checkpoint-every", "10"]
-        recorded += ["--train-ratio", "20" if tiny else "2500"]  # an update a timestep, or more
-        whole = [call(*recorded, "--total-timesteps", "20", "--runs-dir", "whole")]
-        parts = [call(*recorded, "--total-timesteps", "10", "--runs-dir", "parts")]
-        parts += [call("--resume", str(path), "--total-timesteps", "20") for path in rows.glob("parts/*")]
-        saved = [path for name in ("whole", "parts") for path in rows.glob(f"{name}/*/checkpoint.pt")]
-        updates = [torch.load(path, map_location="cpu", weights_only=True)["updates"] for path in saved]
-        found["in_parts"] = {"exit_status": max(part["exit_status"] for part in whole + parts),
-                             "said": parts[-1]["said"], "updates": updates,
-                             "unequal": unequal_tensors(*saved)}
+        found["dream_bytes"] = sum(gif.stat().st_size for gif in run_dir.glob("videos/dream.gif"))
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         found["torchrun"] = call("--env-id", "Pendulum-v1", *flags, "--total-timesteps", "120")
-        return found
+    return found
 
 
-def unequal_tensors(*checkpoints: Path) -> list[str]:
-    """Names of the weights that differ between two checkpoints; a message if there are not two."""
-    if len(checkpoints) != 2:
-        return ["there are no two checkpoints"]
-    one, other = (torch.load(path, map_location="cpu", weights_only=True)["agent"]
-                  for path in checkpoints)
-    return [name for name in one if not torch.equal(one[name], other[name])]
+def rows_of(run_dir: Path) -> int:
+    """Timesteps that the replay of a run holds so far."""
+    path = run_dir / "replay" / "rows.npy"
+    return int(np.load(path)[1]) if path.exists() else 0
 
 
-def peer(script: str, tiny: bool, peer_python: str, results: str, **_) -> dict:
+def peer(script: str, tiny: bool, peer: str, results: str, **_) -> dict:
     """`speed.py` beside sheeprl, eager and with our CUDA graph; it keeps records of its own."""
     found = {}
-    for graph in ("no-cuda-graph", "cuda-graph") if torch.cuda.is_available() else ("no-cuda-graph",):
+    for graph in ("no-cuda-graph", "cuda-graph")[:1 + torch.cuda.is_available()]:
         done = subprocess.run([
-            sys.executable, str(HERE / "speed.py"), "--script", script, "--peer", "sheeprl", f"--{graph}",
-            "--peer-python", peer_python, "--amp", "both", "--rounds", "15", "--results", results,
-            *["--setting", "tiny"] * tiny], text=True, capture_output=True)
-        found[graph] = {"exit_status": done.returncode, "said": (done.stdout + done.stderr)[-3000:]}
+            sys.executable, str(HERE / "speed.py"), "--script", script, "--peer", peer,
+            f"--{graph}", "--amp", "both", "--rounds", "15", "--results", results,
+            *["--size", "tiny"] * tiny], text=True, capture_output=True)
+        found[graph] = {"exit_status": done.returncode, "said": (done.stdout + done.stderr)[-SAID:]}
     return found
 
 
@@ -303,44 +271,41 @@ STEPS = {step.__name__: step for step in (
     parity, losses, synchronisation, speed, acting, peer, real_run)}
 
 
-# -------------------------------------------------------------------------------------------- the whole
+# ---------------------------------------------------------------------------------------- the whole
 def plan(options: Options) -> dict[str, tuple[str, dict]]:
     """Name -> which function with which arguments, the most telling first."""
-    scripts = [f"dreamer_{options.script}"] if options.script else ["dreamer_v3", "dreamer_v2", "dreamer_v1"]
-    tiny, modes = options.is_tiny, list(MODES)
-    if tiny:  # a graph needs CUDA, and compiling takes a minute
-        modes = [mode for mode in modes if "graph" not in mode and "compiled" not in mode]
-    common = {"device": options.device, "tiny": tiny}
-    steps = {f"parity {script}": ("parity", dict(script=script) | common) for script in scripts}
-    quick = [mode for mode in modes if "compiled" not in mode]
-    for chosen in (quick, [mode for mode in modes if mode not in quick]):
+    scripts, tiny = [options.script] if options.script else [*SIZES], options.device == "cpu"
+    eager = [mode for mode in MODES if "compiled" not in mode and not (tiny and "graph" in mode)]
+    compiled = [mode for mode in MODES if "compiled" in mode and not tiny]  # takes a minute
+    steps = {}
+
+    def add(function: str, script: str, *name: str, **arguments) -> None:
+        words = " ".join(filter(None, (function, script, *name)))
+        steps[words] = function, {"script": script, "device": options.device, "tiny": tiny,
+                                  **arguments}
+
+    for script in scripts:
+        add("parity", script)
+    for modes in (eager, compiled):
         for script in scripts:
-            size = SIZES[script][0]
-            for mode in chosen:
-                steps[f"losses {script} {mode}"] = "losses", dict(
-                    script=script, mode=mode, size=size) | common
-            if chosen is quick:
-                steps[f"synchronisation {script}"] = "synchronisation", dict(
-                    script=script, mode="bf16", size=size) | common
+            for mode in modes:
+                add("losses", script, mode, mode=mode, size=SIZES[script][0])
+            if modes is eager:
+                add("synchronisation", script, mode="bf16", size=SIZES[script][0])
         for script in scripts:
-            steps |= speeds(script, SIZES[script][:1], chosen, common)
-        for script in scripts if chosen is quick else ():
-            steps[f"real_run {script}"] = "real_run", dict(script=script) | common
-            steps[f"acting {script}"] = "acting", dict(
-                script=script, mode="bf16" if tiny else "bf16 graph", size=SIZES[script][0]) | common
-            if options.peer_python:
-                steps[f"peer {script}"] = "peer", dict(
-                    script=script, peer_python=options.peer_python, results=options.results) | common
+            for mode in modes:
+                add("speed", script, SIZES[script][0], mode, mode=mode, size=SIZES[script][0])
+        for script in scripts if modes is eager else ():
+            add("real_run", script)
+            add("acting", script, mode="bf16" if tiny else "bf16 graph", size=SIZES[script][0])
+            if options.peer and script != "dreamer_v3_2025":
+                add("peer", script, peer=options.peer, results=options.results)
     for script in scripts if not tiny else ():
-        steps |= speeds(script, SIZES[script][1:], modes, common)
+        for size in SIZES[script][1:]:
+            for mode in eager + compiled:
+                add("speed", script, size, mode, mode=mode, size=size)
     return {name: step for name, step in steps.items()
             if not options.only or name.startswith(options.only)}
-
-
-def speeds(script: str, sizes: tuple[str, ...], modes: list[str], common: dict) -> dict:
-    """The steps that time an update."""
-    return {f"speed {script} {size} {mode}": ("speed", dict(script=script, mode=mode, size=size) | common)
-            for size in sizes for mode in modes}
 
 
 def carry_out(function: str, arguments: dict, seconds: float) -> dict:
@@ -371,12 +336,12 @@ def summary(steps: dict[str, dict]) -> str:
     """What was found, as Markdown."""
     lines = []
     for name, found in steps.items():
-        script = name.split()[1]
+        function, script = name.split()[:2]
         if "error" in found or "skipped" in found:
             lines.append(f"{name}: {found.get('error') or found['skipped']}")
-        elif name.startswith("parity"):
+        elif function == "parity":
             lines.append(f"{name}: {' '.join(found['summary'])}")
-        elif name.startswith("losses"):
+        elif function == "losses":
             how = "by rule" if "compiled" in name else "drawn"
             base = "bf16" if "bf16 " in name else "float32"
             plain = steps.get(f"losses {script} {base}", {}).get(how)
@@ -384,25 +349,22 @@ def summary(steps: dict[str, dict]) -> str:
                 worst = [difference(*pair) for pair in zip(plain, found[how])]
                 again = max(map(difference, found["drawn"], found["drawn again"]))
                 lines.append(f"{name}: differs from {base} by {worst[0]:.2e} in the first update, "
-                             f"by {max(worst):.2e} at most in {UPDATES} ({how}), from itself by {again:.2e}")
-        elif name.startswith("synchronisation"):
+                             f"{max(worst):.2e} in {UPDATES} ({how}), from itself by {again:.2e}")
+        elif function == "synchronisation":
             lines.append(f"{name}: none")
-        elif name.startswith("acting"):
-            lines.append(f"{name}: " + ", ".join(
-                f"{key} {value:.2f}" if isinstance(value, float) else
-                f"{key} {value['timesteps_per_second']:.0f} timesteps/s" for key, value in found.items() if key != "took"))
-        elif name.startswith("real_run"):
-            codes = {key: part["exit_status"] for key, part in found.items()
-                     if isinstance(part, dict) and part["exit_status"]}
-            lines.append(f"{name}: killed at {found['killed_at']}, failed: {codes or 'nothing'}; "
-                         f"in parts {len(found['in_parts']['unequal'])} tensors differ")
-    rows = ["| script, size, mode | updates/s | host ms | peak GB | kernels | first update s |",
-            "|---|---|---|---|---|---|"]
-    rows += [f"| {name.removeprefix('speed ')} | {found['updates_per_second']:.3g} "
-             f"| {1e3 * found['host_seconds']:.1f} | {found['peak_bytes'] / 1e9:.2f} "
-             f"| {found.get('kernels', '')} | {max(found['first']):.1f} |"
-             for name, found in steps.items() if "updates_per_second" in found]
-    return "\n".join([*lines, "", *rows])
+        elif function == "acting":
+            lines += [f"{name}: {key}: {part['timesteps_per_second']:.0f} timesteps/s, acting "
+                      f"{part['act_ms']:.1f} ms" for key, part in found.items() if key != "took"]
+        elif function == "real_run":
+            failed = [key for key, part in found.items()
+                      if isinstance(part, dict) and part["exit_status"]]
+            lines.append(f"{name}: killed at {found['killed_at']}, failed: {failed or 'nothing'}")
+    head = ["script, size, mode", "updates/s", "host ms", "peak GB", "kernels", "first update s"]
+    rows = [[name.removeprefix("speed "), f"{found['updates_per_second']:.3g}",
+             f"{1e3 * found['host_seconds']:.1f}", f"{found['peak_bytes'] / 1e9:.2f}",
+             found.get("kernels", ""), f"{max(found['first']):.1f}"]
+            for name, found in steps.items() if "updates_per_second" in found]
+    return "\n".join([*lines, "", markdown(head, rows)])
 
 
 def main() -> None:
@@ -410,9 +372,8 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: there is no CUDA device; --device cpu tries the steps at tiny sizes.")
-    begin, dirty = time.time(), "-dirty" if git("status", "--porcelain", "-uno") else ""
-    record = {"gpu": machine(), "commit": (git("rev-parse", "HEAD") or os.environ.get("COMMIT", "")) + dirty,
-              "steps": {},
+    begin = time.time()
+    record = {"gpu": machine(), "commit": commit(), "steps": {},
               "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(begin))}
     if torch.cuda.is_available():
         record["gpu"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
@@ -434,10 +395,7 @@ def main() -> None:
 
 def step(function: str, arguments: str, answer: str) -> None:
     """What a step's process does."""
-    found = STEPS[function](**json.loads(arguments))
-    text = json.dumps(found)
-    assert math.isfinite(found.get("seconds", 0.0)), text
-    Path(answer).write_text(text)
+    Path(answer).write_text(json.dumps(STEPS[function](**json.loads(arguments))))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Does it learn? Runs the README's commands on several seeds and writes down what came of it.
 
-    python benchmarks/learning.py --parallel 2                   every script, task and seed
-    python benchmarks/learning.py --scripts dreamer_v2 --tasks cartpole --seeds 1
-    python benchmarks/learning.py --tasks boxing --limit 180     other sets: carracing, atari100k, control
-    python benchmarks/learning.py --table --write                results into the README
+    python benchmarks/learning.py --parallel 2                   the set "laptop", each script
+    python benchmarks/learning.py --tasks control --seeds 1 2 --limit 120
+    python benchmarks/learning.py --table --write                tables of all sets into the READMEs
 
-Every run is the command that a user types, in a process of its own, on a copy of the
-code as it is at the start. Its result is kept whatever it is, in results/learning_*.json, with the
-learning curve beside it as CSV. Start it again after a break: what this code has done already is
-left out, and a run that was stopped, by its time limit or by a KILL, goes on where it was. One
-that its limit stopped is evaluated all the same; the table says so.
+Every run is the command that a user types, in a process of its own, on a copy of the code as it is
+at the start. Its result is kept whatever it is, in results/SET/SCRIPT_TASK_SEED.json, with the
+learning curve beside it as CSV. Start it again after a break: it leaves out what this code has done
+already, and it continues a run that was stopped, by its time limit or by a KILL. A run that its
+limit stopped is evaluated all the same; the table says so.
 """
 
 import csv
@@ -22,54 +21,66 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
 import tyro
-from speed import HERE, git, machine, switch, write_between
+from speed import HERE, commit, machine, markdown, short, write_between
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-TARGETS = {  # mean return of the evaluation
-    "dreamer_v3": {"cartpole": 450, "pendulum": -250, "inverted_pendulum": 900},
-    "dreamer_v2": {"cartpole": 400, "pendulum": -300},
-    "dreamer_v1": {"cartpole": 400, "pendulum": -300},
+TARGETS = {  # mean return of the evaluation; of other tasks the least of the published seeds
+    "cartpole": {"dreamer_v1": 400, "dreamer_v2": 400, "dreamer_v3": 450},
+    "pendulum": {"dreamer_v1": -300, "dreamer_v2": -300, "dreamer_v3": -250},
+    "inverted_pendulum": {"dreamer_v3": 900},
 }
-SETS = {  # name: the tasks that it stands for; each task is a set of its own, too
+CONTROL = {f"control_{name.replace('-', '_')}": name for name in (
+    "cartpole-swingup", "walker-walk", "reacher-easy", "finger-spin", "cheetah-run")}
+PIXELS = {f"{task}_pixels": CONTROL[task] for task in [*CONTROL][:2]}  # for V1 and V2
+GAMES = {f"atari100k_{name.lower()}": name for name in ("MsPacman", "Boxing", "Pong")}
+SETS = {  # name, which is that of the folder: its tasks. A task is a choice of its own, too
     "laptop": ("cartpole", "pendulum", "inverted_pendulum", "cartpole_pixels", "acrobot"),
-    "boxing": ("boxing",), "carracing": ("carracing",),
-    "atari100k": ("atari100k_mspacman", "atari100k_boxing", "atari100k_pong"),  # for a GPU
-    "control": ("control_walker", "control_swingup"),  # for a GPU
+    "boxing": ("boxing",), "mspacman": ("mspacman",), "carracing": ("carracing",),
+    "control": (*CONTROL, *PIXELS),
+    "atari100k": tuple(GAMES),  # wants a GPU
 }
-SETS |= {task: (task,) for tasks in [*SETS.values()] for task in tasks}
-BOXING = ("--env-id BoxingNoFrameskip-v4 --deter 512 --hidden 256 --units 256 --layers 2 "
-          "--depth 16 --stoch 16 --classes 16 --batch-length 32 --train-ratio 448 --model-lr 2e-4 "
-          "--actor-lr 6e-5 --critic-lr 6e-5 --total-timesteps 14400 --threads 1")
-V3_LAPTOP = {  # one preset for all of them; poles have a flag of their own
+CHOICES = SETS | {task: (task,) for tasks in SETS.values() for task in tasks}
+TRACKS = {"carracing": (5, 10, 200, 5000, 77)}  # --eval-env-seed: the one of training, four others
+GAME = ("--env-id {}NoFrameskip-v4 --deter 512 --hidden 256 --units 256 --layers 2 "
+        "--depth 16 --stoch 16 --classes 16 --batch-length 32 --train-ratio 448 --model-lr 2e-4 "
+        "--actor-lr 6e-5 --critic-lr 6e-5 --total-timesteps {} --threads 1")
+LAPTOP = {  # V3: one preset for all of them; poles have a flag of their own
     "cartpole": ("CartPole-v1 --action-repeat 2", 15_000), "pendulum": ("Pendulum-v1", 15_000),
     "inverted_pendulum": ("InvertedPendulum-v5 --action-repeat 2", 15_000),
     "cartpole_pixels": ("CartPole-v1 --pixels", 10_000), "acrobot": ("Acrobot-v1", 10_000),
 }
+DMC = ("--env-id dm_control/{}-v0 --size XXS --action-repeat 2 --total-timesteps 25000 "
+       "--threads 1")  # 50,000 frames
+OF_V3 = {task: DMC.format(name) for task, name in CONTROL.items()}
 COMMANDS = {  # what a user types behind `python SCRIPT.py`
     "dreamer_v3": {
-        "boxing": f"--size XS {BOXING}",
-        **{f"atari100k_{name.lower()}": f"--env-id {name}NoFrameskip-v4 --cuda-graph"
-           for name in ("MsPacman", "Boxing", "Pong")},
-        **{f"control_{name}": f"--env-id dm_control/{env_id}-v0 --action-repeat 2 --cuda-graph "
-           "--total-timesteps 250000 --train-ratio 512"
-           for name, env_id in (("walker", "walker-walk"), ("swingup", "cartpole-swingup"))},
+        "boxing": f"--size XS {GAME.format('Boxing', 14400)}",
+        "mspacman": f"--size XS {GAME.format('MsPacman', 25000)}",
+        **{task: f"--env-id {name}NoFrameskip-v4 --cuda-graph" for task, name in GAMES.items()},
         **{task: f"--env-id {env_id} --size XXS --total-timesteps {timesteps} --threads 1"
-           for task, (env_id, timesteps) in V3_LAPTOP.items()},
+           for task, (env_id, timesteps) in LAPTOP.items()},
+        **OF_V3,
     },
+    "dreamer_v3_2025": {task: OF_V3[task] for task in [*CONTROL][:3]},
     "dreamer_v2": {
-        "boxing": f"--size XXS {BOXING} --clip-rewards tanh --kl-scale 0.1 --actor-entropy 1e-3 "
-                  "--gamma 0.99",
+        "boxing": f"--size XXS {GAME.format('Boxing', 14400)} --clip-rewards tanh --kl-scale 0.1 "
+                  "--actor-entropy 1e-3 --gamma 0.99",
         "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 20000 "
                     "--threads 1",
         "pendulum": "--env-id Pendulum-v1 --size XXS --gamma 0.95 --kl-scale 0.1 --actor-lr 1e-4 "
                     "--train-ratio 256 --total-timesteps 5000 --threads 1",
+        **{task: f"{DMC.format(name)} --pixels" for task, name in PIXELS.items()},
     },
     "dreamer_v1": {
         "carracing": "--env-id CarRacing-v3 --size XXS --depth 16 --kl-scale 1 --free-nats 3 "
@@ -79,9 +90,16 @@ COMMANDS = {  # what a user types behind `python SCRIPT.py`
                     "--threads 1",
         "pendulum": "--env-id Pendulum-v1 --size XXS --gamma 0.95 --kl-scale 0.1 --free-nats 1 "
                     "--train-ratio 256 --expl-decay 0 --total-timesteps 5000 --threads 1",
+        **{task: f"{DMC.format(name)} --pixels" for task, name in PIXELS.items()},
     },
 }
-MARKS = ("<!-- laptop:begin -->", "<!-- laptop:end -->")
+PUBLISHED = {  # the authors' curves: file, suite of a task of control
+    "dreamer_v1": ("dreamerv1", "dmc"), "dreamer_v2": ("dreamerv2", "dmc"),
+    "dreamer_v3": ("dreamerv3_2023", "dmc_proprio"),
+    "dreamer_v3_2025": ("dreamerv3_2023", "dmc_proprio"),
+}
+SAME_GAME = {"boxing": "boxing", "mspacman": "ms_pacman"} | {
+    f"atari100k_{name.replace('_', '')}": name for name in ("ms_pacman", "boxing", "pong")}
 PATIENCE = 900  # seconds for a run that was told to stop: an update, and all of its files
 
 
@@ -91,7 +109,7 @@ class Options:
 
     scripts: tuple[Literal[tuple(COMMANDS)], ...] = tuple(COMMANDS)
     """Which agents."""
-    tasks: tuple[Literal[tuple(SETS)], ...] = ("laptop",)
+    tasks: tuple[Literal[tuple(CHOICES)], ...] = ("laptop",)
     """Which tasks, or sets of them."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """One run each."""
@@ -110,9 +128,9 @@ class Options:
     note: str = ""
     """Kept with the results, e.g. "busy machine"."""
     table: bool = False
-    """Only print the table of the results that are there."""
+    """Only print the tables of the results that are there."""
     write: bool = False
-    """With --table: into README.md, between its marks."""
+    """With --table: between the marks of each set, in README.md or results/README.md."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +145,12 @@ class Code:
     def copy(cls, folder: Path) -> "Code":
         """Take the copy; its name is a digest of its content."""
         files = sorted([*HERE.parent.glob("dreamer_v*.py"), *HERE.parent.glob("common/*.py")])
-        changed = git("status", "--porcelain", "--", *map(str, files))
         content = {path.relative_to(HERE.parent): path.read_bytes() for path in files}
         digest = hashlib.sha256(repr(content).encode()).hexdigest()[:12]
         for name, text in content.items():
             (folder / digest / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / digest / name).write_bytes(text)
-        return cls(folder / digest, git("rev-parse", "HEAD") + "-dirty" * bool(changed), digest)
+        return cls(folder / digest, commit(), digest)
 
     def digest_of(self, script: str) -> str:
         """What a result of `script` depends on: this script and common/."""
@@ -157,7 +174,8 @@ class Job:
     @property
     def result(self) -> Path:
         """Where its result goes; the curve goes beside it."""
-        return HERE / "results" / f"learning_{self.name}.json"
+        folder = next(name for name, tasks in SETS.items() if self.task in tasks)
+        return HERE / "results" / folder / f"{self.name}.json"
 
     @property
     def flags(self) -> str:
@@ -174,23 +192,40 @@ class Job:
 
 
 def call(code: Code, script: str, flags: str, log: Path, limit: float,
-         mode: str = "w") -> tuple[str, bool]:
-    """Output of one command of a script, and whether it was stopped after `limit` minutes."""
-    command = [sys.executable, str(code.folder / f"{script}.py"), *shlex.split(flags)]
+         mode: str = "w") -> tuple[bool, list[int]]:
+    """Run a command of a script, for at most `limit` minutes.
+
+    Returns whether the limit stopped it, and its own memory in MiB, every ten seconds.
+    """
+    command, memory = [sys.executable, str(code.folder / f"{script}.py"), *shlex.split(flags)], []
+    end, stopped = time.monotonic() + 60 * limit, False
     with open(log, mode) as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:
-            process.wait(60 * limit)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)  # it saves its state and ends
-            process.wait(PATIENCE)
-            return log.read_text(), True
+            while process.poll() is None and not stopped:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    memory += own_memory(process.pid)
+                    stopped = time.monotonic() > end
+            if stopped:
+                process.send_signal(signal.SIGTERM)  # it saves its state and ends
+                process.wait(PATIENCE)
         finally:
             process.kill()
-    if process.returncode:
+    if process.returncode and not stopped:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{log.read_text()[-2000:]}")
-    return log.read_text(), False
+    return stopped, memory
+
+
+def own_memory(pid: int) -> list[int]:
+    """[MiB] that a process owns, without the files that it has mapped; [] where no /proc is."""
+    try:
+        found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return []
+    return [int(found[1]) // 1024] if found else []
 
 
 def run(job: Job, options: Options, code: Code) -> dict:
@@ -200,27 +235,31 @@ def run(job: Job, options: Options, code: Code) -> dict:
     log = folder / f"{job.name}_{key}.log"
     begun = run_directory(log)
     threads = f" --threads {options.threads}" if options.threads else ""
-    _, stopped = call(code, job.script, (f"--resume {begun}" if begun else
-                      f"{job.flags} --runs-dir {folder}") + threads, log, options.limit, "a")
-    run_dir = run_directory(log)
-    greedy = switch(code.folder / f"{job.script}.py", "eval-greedy", True)
-    evaluation, _ = call(
-        code, job.script, f"--evaluate {run_dir} --eval-episodes {options.episodes} {greedy}"
-        + " --eval-env-seed 5 10 200 5000 77" * (job.task == "carracing"),  # the track, four others
-        folder / f"{job.name}_evaluation.log", options.limit)
-    returns = [float(value) for value in re.findall(r"return (\S+),", evaluation)]
-    timesteps, updates = progress(run_dir)
+    stopped, memory = call(code, job.script, (f"--resume {begun}" if begun else
+                           f"{job.flags} --runs-dir {folder}") + threads, log, options.limit, "a")
+    run_dir, returns = run_directory(log), []
+    for track in TRACKS.get(job.task, (None,)):
+        output = folder / f"{job.name}_evaluation.log"
+        call(code, job.script, f"--evaluate {run_dir} --eval-episodes {options.episodes} "
+             "--eval-greedy" + (f" --eval-env-seed {track}" if track else ""), output,
+             options.limit)
+        returns += [float(value) for value in re.findall(r"return (\S+),", output.read_text())]
+    saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
     total = json.loads((run_dir / "args.json").read_text())["args"]["total_timesteps"]
-    if timesteps < total and not stopped:
-        raise RuntimeError(f"interrupted after {timesteps} of {total} timesteps")
+    if saved["step"] < total and not stopped:
+        raise RuntimeError(f"interrupted after {saved['step']} of {total} timesteps")
+    job.result.parent.mkdir(parents=True, exist_ok=True)
     seconds = write_curve(run_dir, job.result.with_suffix(".csv"))
+    fifth = len(memory) // 5  # the first fifth is for warming up
     record = {"command": f"python {job.script}.py {job.flags}", "commit": code.commit,
               "code": code.digest_of(job.script), "machine": machine(), "note": options.note,
               "parallel": options.parallel, "threads": options.threads,
-              "target": TARGETS[job.script].get(job.task), "stopped_by_limit": stopped,
-              "minutes": round(seconds / 60, 1),
-              "timesteps": timesteps, "updates": updates, "mean": statistics.mean(returns),
-              "worst": min(returns), "best": max(returns), "returns": returns}
+              "stopped_by_limit": stopped, "minutes": round(seconds / 60, 1),
+              "memory_mib": [round(statistics.mean(memory[start:start + fifth]))
+                             for start in (fifth, 4 * fifth)] if fifth else None,
+              "timesteps": saved["step"], "updates": saved["updates"],
+              "mean": statistics.mean(returns), "worst": min(returns), "best": max(returns),
+              "returns": returns}
     job.result.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
@@ -229,13 +268,6 @@ def run_directory(log: Path) -> Path | None:
     """The one that the output of a run names, if there is something to resume in it."""
     found = log.exists() and re.search(r"run directory: (.*)", log.read_text())
     return Path(found[1]) if found and Path(found[1], "checkpoint.pt").exists() else None
-
-
-def progress(run_dir: Path) -> tuple[int, int]:
-    """Timesteps and updates of a run, from its checkpoint."""
-    import torch  # takes seconds
-    saved = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-    return saved["step"], saved["updates"]
 
 
 def write_curve(run_dir: Path, path: Path) -> float:
@@ -263,7 +295,7 @@ def attempt(job: Job, options: Options, code: Code) -> bool:
     """Run and report; a run that fails does not stop the others."""
     try:
         found = run(job, options, code)
-    except Exception as error:  # whatever it is, it is reported, and the others go on
+    except Exception as error:
         print(f"{job.name}: {error!r}", flush=True)
         return False
     print(f"{job.name}: mean {found['mean']:.1f} (worst {found['worst']:.1f}, best "
@@ -277,7 +309,7 @@ def run_all(options: Options) -> bool:
     folder = Path(options.runs_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     code = Code.copy(folder / "code")
-    tasks = [task for name in options.tasks for task in SETS[name]]
+    tasks = [task for name in options.tasks for task in CHOICES[name]]
     jobs = [Job(script, task, seed) for seed in options.seeds for task in tasks
             for script in options.scripts if task in COMMANDS[script]]
     todo = [job for job in jobs if not job.is_done(options, code)]
@@ -286,44 +318,75 @@ def run_all(options: Options) -> bool:
         return all(list(pool.map(lambda job: attempt(job, options, code), todo)))
 
 
-def table() -> str:
-    """Markdown: the commands, and one row per script and task."""
+def published(script: str, task: str) -> list[list[tuple[float, float]]]:
+    """Frames and returns of each seed that the authors published for this task."""
+    name, suite = PUBLISHED[script]
+    wanted = suite, re.sub("^control_|_pixels$", "", task)
+    if task in SAME_GAME:
+        wanted = "atari100k", SAME_GAME[task]  # V2's curves of games begin at a million frames
+    seeds = defaultdict(list)
+    with open(HERE / "results" / "published" / f"{name}.csv") as file:
+        for row in csv.DictReader(file):
+            if (row["suite"], row["task"]) == wanted:
+                seeds[row["seed"]].append((float(row["env_frames"]), float(row["episode_return"])))
+    return list(seeds.values())
+
+
+def target(script: str, task: str, frames: float) -> tuple[float, ...]:
+    """What a seed has to reach; or the least and the greatest published seed after these frames."""
+    if task in TARGETS:
+        return (TARGETS[task][script.removesuffix("_2025")],)
+    found = [np.interp(frames, *zip(*curve)) for curve in published(script, task)]
+    return (round(min(found), 1), round(max(found), 1)) if found else ()
+
+
+def table(name: str) -> str:
+    """Markdown of a set: the commands, and one row for each script and task."""
     commands, rows = [], []
     for script, tasks in COMMANDS.items():
-        for task, flags in tasks.items():
-            if task not in SETS["laptop"]:
-                continue
-            paths = sorted(HERE.glob(f"results/learning_{script}_{task}_[0-9]*.json"))
+        for task in (task for task in tasks if task in SETS[name]):
+            paths = sorted(HERE.glob(f"results/{name}/{script}_{task}_[0-9]*.json"))
             found = {path.stem.split("_")[-1]: json.loads(path.read_text()) for path in paths}
-            commands.append(f"    python {script}.py {flags}")
             if found:
+                commands.append(f"    python {script}.py {tasks[task]}")
                 rows.append(row(script, task, found))
-    head = ["script", "task", "mean return by seed", "target", "worst episode", "minutes", "commit"]
-    return "\n".join([*commands, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+    head = ["script", "task", "mean return by seed", "target", "seeds that reached it",
+            "worst episode", "minutes by seed", "commit"]
+    return "\n".join([*commands, "", markdown(head, rows)]) if rows else ""
 
 
-def row(script: str, task: str, found: dict[str, dict]) -> str:
+def row(script: str, task: str, found: dict[str, dict]) -> list:
     """One row; `found` holds the results by seed."""
-    means = ", ".join(f"{seed}: {record['mean']:.1f}"
-                      f"{' (stopped early)' * record['stopped_by_limit']}"
-                      for seed, record in found.items())
-    minutes = [round(record["minutes"]) for record in found.values()]
-    commits = {record["commit"][:9] + record["commit"][40:] for record in found.values()}
-    cells = [script, task, means, TARGETS[script].get(task, "none"),
-             f"{min(record['worst'] for record in found.values()):.0f}",
-             " to ".join(map(str, sorted({min(minutes), max(minutes)}))),
-             ", ".join(sorted(commits))]
-    return f"| {' | '.join(map(str, cells))} |"
+    records, wanted, reached = found.values(), (), 0
+    for record in sorted(records, key=lambda record: record["timesteps"]):
+        wanted = target(script, task, record["timesteps"] * repeat(record["command"]))
+        reached += bool(wanted) and record["mean"] >= wanted[0]
+    shown = "published: {:.0f} to {:.0f}" if wanted[1:] else "{}" if wanted else "none"
+    return [script, task, ", ".join(f"{seed}: {record['mean']:.1f}"
+                                    f"{' (stopped early)' * record['stopped_by_limit']}"
+                                    for seed, record in found.items()),
+            shown.format(*wanted), f"{reached} of {len(found)}" if wanted else "",
+            f"{min(record['worst'] for record in records):.0f}",
+            ", ".join(f"{record['minutes']:.0f}" for record in records),
+            ", ".join(sorted({short(record["commit"]) for record in records}))]
+
+
+def repeat(command: str) -> int:
+    """Frames of a timestep."""
+    asked = re.search(r"--action-repeat (\d+)", command)
+    return int(asked[1]) if asked else 4 if "NoFrameskip" in command else 1
 
 
 def main() -> None:
-    """Run the seeds, or make the table."""
+    """Run the seeds, or make the tables."""
     options = tyro.cli(Options, description=__doc__)
     if not options.table:
         sys.exit(0 if run_all(options) else 1)
-    print(table())
-    if options.write:
-        write_between(MARKS, table())
+    for name in SETS:
+        if text := table(name):
+            print(f"{name}\n\n{text}\n")
+            if options.write:
+                write_between(name, text)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""What both sides of a speed comparison share; runs under either Python (needs numpy and torch).
+"""A side of a speed comparison: one process that holds one agent and does what it is told.
 
-A side is one process that holds one agent and does what it is told, a line of JSON at a time:
+It reads a line of JSON at a time, so that several sides can take turns on one machine:
 
-    {"do": "update", "repeat": 1}    ->    {"seconds": [6.1]}
+    {"do": "update"}    ->    {"seconds": 6.1}
 
-so that several of them can take turns on one machine, and slow minutes hit all of them alike.
+`Ours` is one of our scripts, of this checkout or of another; `side_sheeprl.py` is the other side.
+This file runs under either Python: it needs numpy and torch.
 """
 
+import importlib
+import inspect
 import json
 import os
 import resource
@@ -16,32 +19,42 @@ import traceback
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 
-def synthetic_batch(length: int, rows: int, shape: dict) -> dict[str, np.ndarray]:
-    """A replayed batch, time-major, the same on every side: noise for images, two seams.
+def synthetic_batch(length: int, rows: int, setting: dict) -> dict[str, np.ndarray | None]:
+    """A replayed batch, time-major, the same on every side: noise to see, two seams.
 
-    `shape`: `channels` of the image, number of `actions`, and whether they are `discrete`.
+    `setting`: `channels` of the image, or the size of a `vector` in its place; number of `actions`,
+    and whether they are `discrete`.
     """
-    rng, actions = np.random.default_rng(0), shape["actions"]
+    rng, actions, vector = np.random.default_rng(0), setting["actions"], setting.get("vector")
     is_first = np.zeros((length, rows), bool)
     is_first[0], is_first[length // 2, 0] = True, True
     action = rng.uniform(-1, 1, (length, rows, actions)).astype(np.float32)
-    if shape["discrete"]:
+    if setting["discrete"]:
         action = np.eye(actions, dtype=np.float32)[action.argmax(-1)]
-    pixels = rng.integers(256, size=(length, rows, 64, 64, shape["channels"]), dtype=np.uint8)
-    return {"image": pixels, "action": action,
+    image = None if vector else rng.integers(
+        256, size=(length, rows, 64, 64, setting["channels"]), dtype=np.uint8)
+    numbers = rng.standard_normal((length, rows, vector)).astype(np.float32) if vector else None
+    return {"image": image, "vector": numbers, "action": action,
             "reward": rng.standard_normal((length, rows)).astype(np.float32),
             "is_first": is_first, "is_terminal": np.roll(is_first, -1, 0) & ~is_first}
 
 
+def make_args(module, setting: dict, **flags):
+    """`Args` of a new run of a script."""
+    size = {"size": setting["size"]} if setting["size"] else {}
+    args = module.Args(env_id=setting["env_id"], **size, **flags)
+    if hasattr(module, "fill") and module.TASKS:  # a checkout in which fields are None at first
+        module.fill(args, module.TASKS["discrete" if setting["discrete"] else "continuous"])
+    return args
+
+
 class Side:
-    """Base class: a subclass makes `self.agent_step()`, one update, and `self.act_step(rows)`."""
+    """Base class. A subclass has `batch`, `parameters` and `agent_step`, which is one update."""
 
     def __init__(self, setting: dict):
-        """`setting`: script, sizes, pcont, horizon, actions, discrete, channels, threads, bf16,
-        compile."""
+        """`setting`: see `setting` in speed.py."""
         self.setting = setting
         if setting["threads"]:
             torch.set_num_threads(setting["threads"])
@@ -49,35 +62,9 @@ class Side:
         found = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(setting.get("device", found))
 
-    def batch(self, length: int, rows: int) -> None:
-        """Use a batch of this shape from here on."""
-        raise NotImplementedError
-
-    def update(self, repeat: int) -> dict:
-        """Seconds of each of `repeat` updates."""
-        return {"seconds": [self.clock(self.agent_step) for _ in range(repeat)]}
-
-    def act(self, rows: int, repeat: int) -> dict:
-        """Seconds of each of `repeat` acting steps with `rows` environments."""
-        step = self.act_step(rows)
-        step(), step()
-        return {"seconds": [self.clock(step) for _ in range(repeat)]}
-
-    def flops(self) -> dict:
-        """Floating-point operations of an update, as torch counts them: products only."""
-        with FlopCounterMode(display=False) as counter:
-            self.agent_step()
-        return {"flops": counter.get_total_flops()}
-
-    def profile(self, rows: int) -> dict:
-        """Where an update spends its time: the `rows` operators with the most of their own."""
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities) as profile:
-            self.agent_step()
-        key = f"self_{self.device.type}_time_total"
-        return {"table": profile.key_averages().table(sort_by=key, row_limit=rows)}
+    def update(self) -> dict:
+        """Seconds of one update."""
+        return {"seconds": self.clock(self.agent_step)}
 
     def memory(self) -> dict:
         """Peak bytes so far: of the card, with the pools of graphs, or of the process."""
@@ -92,7 +79,7 @@ class Side:
         n, k, m = (16384 if native else 64), 1536, 512  # emulated, the whole would take minutes
         a, b = (torch.randn(shape, device=self.device, dtype=dtype) for shape in ((n, k), (k, m)))
         a @ b
-        seconds = min(self.clock(lambda: a @ b) for _ in range(5))
+        seconds = min(self.clock(lambda: a @ b) for _ in range(15))
         return {"flops_per_second": 2 * n * k * m / seconds}
 
     def clock(self, function) -> float:
@@ -107,6 +94,46 @@ class Side:
         """Until the GPU is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+class Ours(Side):
+    """`Agent.train_step` of the script in the checkout that `setting["root"]` names."""
+
+    def __init__(self, setting: dict):
+        super().__init__(setting)
+        sys.path[:0] = [setting["root"]]
+        self.script = importlib.import_module(setting["script"])
+        self.devices = importlib.import_module("common.devices")
+        graph = {"cuda_graph": True} if setting["cuda_graph"] else {}
+        args = make_args(self.script, setting, **setting["sizes"], **graph,
+                         compile=setting["compile"], amp="on" if setting["bf16"] else "off")
+        image = None if setting["vector"] else (64, 64, setting["channels"])
+        spec = self.script.EnvSpec(image, setting["vector"], setting["actions"],
+                                   setting["discrete"])
+        self.agent = self.script.Agent(args, spec, self.device)
+
+    def batch(self, length: int, rows: int) -> None:
+        """Use a batch of this shape from here on."""
+        arrays = synthetic_batch(length, rows, self.setting)
+        self.data = self.script.Batch(**{
+            name: None if array is None else torch.from_numpy(array).to(self.device)
+            for name, array in arrays.items()})
+        self.carry = self.agent.zero_state(rows)
+
+    def train(self, batch) -> dict:
+        """The metrics of an update. A script that replays its states takes no `carry`."""
+        takes = inspect.signature(self.agent.train_step).parameters
+        found = self.agent.train_step(*(batch, self.carry)[:len(takes)])
+        return found if isinstance(found, dict) else found[0]
+
+    def agent_step(self) -> None:
+        """One update."""
+        self.train(self.data)
+        self.devices.keep_freed_memory()  # as a run does after the first one
+
+    def parameters(self) -> dict:
+        """Trained parameters; the slow critic is a copy."""
+        return {"parameters": sum(p.numel() for p in self.agent.parameters() if p.requires_grad)}
 
 
 def serve(side_type: type[Side]) -> None:
@@ -124,3 +151,7 @@ def serve(side_type: type[Side]) -> None:
         except Exception:
             reply = {"error": traceback.format_exc()}
         replies.write(json.dumps(reply) + "\n")
+
+
+if __name__ == "__main__":
+    serve(Ours)

@@ -1,14 +1,16 @@
-"""sheeprl 0.8.4 as a side of `speed.py`, through its public functions; runs under its own Python.
+"""sheeprl 0.8.4 as a side of `speed.py`, through its public functions. It has a Python of its own:
 
     python -m venv /opt/sheeprl-venv && /opt/sheeprl-venv/bin/pip install torch==2.13.0
     /opt/sheeprl-venv/bin/pip install --no-deps sheeprl==0.8.4
     /opt/sheeprl-venv/bin/pip install hydra-core lightning torchmetrics tensorboard python-dotenv \\
         rich gymnasium==1.4.0 ale-py==0.12.1 opencv-python-headless
 
-Where the two could be compared in two ways, the one that favours sheeprl is taken: its conversion
-of the batch to float32 is not timed (ours, inside the update, is). Its process allocates memory as
-the C library does by default, which is what its users get; ours as `train` does. On a GPU its
-float32 is TF32, as its configuration says; ours is not, so bfloat16 compares like with like.
+Where the two can be compared in two ways, this file takes the one that favours sheeprl: its
+conversion of the batch to float32 is not timed, ours is a part of the update and is. Its process
+allocates memory as the C library does by default, because its users get that; ours allocates as a
+run of ours does. On a GPU its float32 is TF32, because its configuration says so, and ours is not:
+bfloat16 compares like with like there. Another algorithm of sheeprl is one more subclass with its
+`exp`, and one more entry of SIDES.
 """
 
 import importlib
@@ -26,7 +28,7 @@ from torch.distributions import Distribution
 
 
 class Sheeprl(Side):
-    """One of its three Dreamers at its configuration `exp`, with the sizes overridden."""
+    """One of its Dreamers at its configuration `exp`, with the sizes overridden."""
 
     exp: str
     layers = {"mlp_layers": "layers"}  # their name: ours
@@ -72,8 +74,8 @@ class Sheeprl(Side):
         """Networks and optimisers."""
         setting, algo = self.setting, self.cfg.algo
         box = gym.spaces.Box(0, 255, (setting["channels"], 64, 64), "uint8")
-        self.actions_dim = (setting["actions"],)  # also for continuous ones, of which it is a Box
-        self.world_model, self.actor, self.critic, *target, self.player = self.agent.build_agent(
+        self.actions_dim = (setting["actions"],)  # of continuous actions, too
+        self.world_model, self.actor, self.critic, *target, _ = self.agent.build_agent(
             self.fabric, self.actions_dim, not setting["discrete"], self.cfg,
             gym.spaces.Dict(rgb=box))
         self.target_critic = target[0] if target else None
@@ -84,14 +86,14 @@ class Sheeprl(Side):
             for config, part in zip(configs, self.parts)))
 
     def build_optimizer(self, config: dict, params) -> torch.optim.Optimizer:
-        """As in its main loop."""
+        """The optimiser as its main loop makes it."""
         return hydra.utils.instantiate(config, params=params, _convert_="all")
 
     def batch(self, length: int, rows: int) -> None:
         """Use a batch of this shape from here on."""
         arrays = synthetic_batch(length, rows, self.setting)
         self.cfg.algo.per_rank_batch_size, self.cfg.algo.per_rank_sequence_length = rows, length
-        data = {k: torch.from_numpy(v).float() for k, v in arrays.items()}
+        data = {k: torch.from_numpy(v).float() for k, v in arrays.items() if v is not None}
         data = {"rgb": data["image"].permute(0, 1, 4, 2, 3).contiguous(), "actions": data["action"],
                 "rewards": data["reward"][..., None], "is_first": data["is_first"][..., None],
                 "terminated": data["is_terminal"][..., None]}
@@ -108,27 +110,6 @@ class Sheeprl(Side):
         return {"parameters": sum(p.numel() for part in self.parts for p in part.parameters()
                                   if p.requires_grad)}
 
-    def actions(self, obs: dict) -> list:
-        """Of its player, as in its main loop."""
-        return self.player.get_actions(obs)
-
-    def act_step(self, rows: int):
-        """As in its main loop: numpy in, `prepare_obs`, the player, numpy out."""
-        self.player.num_envs = rows
-        self.player.init_states()
-        image = synthetic_batch(1, rows, self.setting)["image"][0].transpose(0, 3, 1, 2)
-
-        @torch.inference_mode()
-        def act():
-            obs = self.algorithm.prepare_obs(self.fabric, {"rgb": image}, cnn_keys=["rgb"],
-                                             num_envs=rows)
-            actions = self.actions(obs)
-            torch.cat(actions, -1).cpu().numpy()
-            if not self.setting["discrete"]:
-                return torch.stack(actions, -1).cpu().numpy()
-            return torch.stack([a.argmax(dim=-1) for a in actions], dim=-1).cpu().numpy()
-        return act
-
 
 class SheeprlV1(Sheeprl):
     """DreamerV1; it has no other configuration than its default."""
@@ -141,10 +122,6 @@ class SheeprlV1(Sheeprl):
     def agent_step(self) -> None:
         """One update."""
         self.train()
-
-    def actions(self, obs: dict) -> list:
-        """With the noise of exploration."""
-        return self.player.get_exploration_actions(obs)
 
 
 class SheeprlV2(Sheeprl):
@@ -187,6 +164,7 @@ class SheeprlV3(Sheeprl):
         self.train(self.target_critic, more=more)
 
 
+SIDES = {"dreamer_v1": SheeprlV1, "dreamer_v2": SheeprlV2, "dreamer_v3": SheeprlV3}
+
 if __name__ == "__main__":
-    script = json.loads(sys.argv[1])["script"]
-    serve({"dreamer_v1": SheeprlV1, "dreamer_v2": SheeprlV2, "dreamer_v3": SheeprlV3}[script])
+    serve(SIDES[json.loads(sys.argv[1])["script"]])

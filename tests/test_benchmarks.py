@@ -1,5 +1,6 @@
 """The benchmarks fit the scripts: their flags, their sizes, and the tables made of results."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -12,7 +13,6 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 import dreamer_v3
-from common.envs import EnvSpec
 from common.vector import EnvStep
 from tests.conftest import ROOT, SCRIPTS
 
@@ -20,49 +20,70 @@ sys.path.append(str(ROOT / "benchmarks"))
 import foresight
 import gpu
 import learning
+import side
 import speed
 import torch
-import whole_run
-
-
-def flags_of(script: str) -> set[str]:
-    module = importlib.import_module(script)
-    return {name.replace("_", "-") for name in module.Args.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_command_has_flags_of_its_script(script):
-    commands = [*learning.COMMANDS[script].values(), whole_run.FLAGS + whole_run.OWN_FLAGS[script]]
-    for command in commands:
-        used = {flag.removeprefix("no-") for flag in re.findall(r"--(\S+)", command)}
-        assert used <= flags_of(script)
-    assert set(whole_run.OFF[script]) <= flags_of(script)
+    fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
+    for command in learning.COMMANDS[script].values():
+        assert {flag.removeprefix("no-").replace("-", "_") for flag in re.findall(r"--(\S+)", command)} <= fields
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_both_sides_get_all_sizes_of_the_networks(script):
-    paper, tiny = speed.Options(script=script), speed.Options(script=script, setting="tiny")
-    assert paper.sizes.keys() == tiny.sizes.keys() <= set(importlib.import_module(script).Args.__dataclass_fields__)
-    assert {"deter", "hidden", "units", "depth", "stoch"} <= paper.sizes.keys()
-    assert tiny.sizes["deter"] == 64 < paper.sizes["deter"]
+    paper, tiny = (speed.setting(speed.Options(script=script, size=size)) for size in ("", "tiny"))
+    assert {"deter", "hidden", "units", "depth", "stoch"} <= paper["sizes"].keys() == tiny["sizes"].keys()
+    assert tiny["sizes"]["deter"] == 64 < paper["sizes"]["deter"]
 
 
-def test_a_row_of_the_table_has_the_share_of_the_peer_in_the_same_precision():
-    sides = {f"{who} {precision}": {"update": [seconds] * 3, "peak_memory": 2e9, "first_update": 9.0}
-             for who, precision, seconds in (("sheeprl", "float32", 4.0), ("ours", "float32", 2.0),
-                                             ("sheeprl", "bf16", 2.0), ("ours", "bf16", 0.5))}
-    options = vars(speed.Options(script="dreamer_v2", peer="sheeprl", threads=2))
-    rows = speed.speed_rows({"sides": sides, "options": options})
-    assert rows[1] == "| dreamer_v2 | paper | 2 | ours float32 | 2 | 0.50 | 2.0 GB |"
-    assert rows[3] == "| dreamer_v2 | paper | 2 | ours bf16 | 0.5 | 0.25 | 2.0 GB |"
-    assert rows[0].split("|")[6].strip() == ""
+@pytest.mark.parametrize("vector", [0, 4])
+def test_a_side_makes_updates_at_these_sizes(vector):
+    found = speed.setting(speed.Options(size="tiny", vector=vector, threads=1))
+    ours = side.Ours(found | {"root": str(ROOT), "device": "cpu"})
+    ours.batch(length=6, rows=2)
+    before = [weight.clone() for weight in ours.agent.parameters()]
+    assert ours.update()["seconds"] > 0 and ours.parameters()["parameters"] > 10_000
+    assert any(not torch.equal(*pair) for pair in zip(before, ours.agent.parameters()))
+    assert ours.agent.args.deter == 64 and (ours.data.image is None) == bool(vector)
 
 
-def test_a_row_of_learning_names_seeds_that_the_limit_stopped():
-    found = {"1": {"mean": 500.0, "worst": 490.0, "minutes": 3.2, "commit": "a" * 40, "stopped_by_limit": False},
-             "2": {"mean": 99.5, "worst": 9.0, "minutes": 8.9, "commit": "a" * 40, "stopped_by_limit": True}}
-    assert learning.row("dreamer_v1", "cartpole", found) == (
-        f"| dreamer_v1 | cartpole | 1: 500.0, 2: 99.5 (stopped early) | 400 | 9 | 3 to 9 | {'a' * 9} |")
+def measured(seconds: float) -> dict:
+    return {"update": [seconds] * 3, "peak_memory": 2e9, "first_update": 9.0}
+
+
+def test_a_row_of_the_table_has_the_share_of_the_others_in_the_same_precision():
+    sides = {f"{who} {precision}": measured(seconds) for who, precision, seconds in (
+        ("sheeprl", "float32", 4.0), ("old", "float32 compiled", 2.5), ("ours", "float32 compiled", 2.0),
+        ("sheeprl", "bf16", 2.0), ("ours", "bf16 compiled", 0.5))}
+    options = vars(speed.Options(script="dreamer_v2", size="paper", threads=2, note="busy"))
+    rows = speed.rows({"sides": sides, "options": options, "matmul": {"float32": 2e11, "bf16": 4e11},
+                       "date": "2026-11-22 10:00:00 UTC", "commit": "a" * 40})
+    assert rows[2] == ["dreamer_v2", "paper", "2", "ours float32 compiled", "2", "0.50 (0.50 to 0.50)",
+                       "0.80 (0.80 to 0.80)", "2.0", "9", "200", "2026-11-22 aaaaaaaaa, busy"]
+    assert rows[4][4:7] == ["0.5", "0.25 (0.25 to 0.25)", ""] and rows[0][5:7] == rows[1][5:7] == ["", ""]
+
+
+def test_a_row_of_learning_shows_every_seed_and_how_many_reached_the_target():
+    found = {"1": {"mean": 500.0, "worst": 490.0, "minutes": 3.2, "commit": "a" * 40, "stopped_by_limit": False,
+                   "timesteps": 25_000, "command": "... --action-repeat 2 ..."},
+             "2": {"mean": 99.5, "worst": 9.0, "minutes": 8.9, "commit": "a" * 40, "stopped_by_limit": True,
+                   "timesteps": 24_000, "command": "... --action-repeat 2 ..."}}
+    assert learning.row("dreamer_v1", "cartpole", found) == [
+        "dreamer_v1", "cartpole", "1: 500.0, 2: 99.5 (stopped early)", "400", "1 of 2", "9", "3, 9", "a" * 9]
+    control = learning.row("dreamer_v3", "control_cartpole_swingup", found)
+    assert control[3:5] == ["published: 265 to 457", "1 of 2"]  # after 50,000 frames
+    assert learning.row("dreamer_v3", "acrobot", found)[3:5] == ["none", ""]
+
+
+def test_a_curve_of_many_episodes_is_thinned_out():
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module("plot")
+    curve = [(10 * number, float(number)) for number in range(1, 601)]
+    thin = plot.thin_out(curve)
+    assert len(thin) == plot.FEW and thin[0] == (100.0, 5.5) and plot.thin_out(curve[:50]) == curve[:50]
 
 
 def test_the_curve_of_a_resumed_run_leaves_the_break_out(tmp_path, monkeypatch):
@@ -94,42 +115,37 @@ def test_the_curve_of_a_resumed_run_leaves_the_break_out(tmp_path, monkeypatch):
 
 def test_every_step_of_the_gpu_benchmark_has_its_place():
     for device in ("cuda", "cpu"):
-        plan = gpu.plan(gpu.Options(device=device, peer_python="python"))
+        plan = gpu.plan(gpu.Options(device=device, peer="python"))
         assert {function for function, _ in plan.values()} == gpu.STEPS.keys()
         assert list(plan)[0].startswith("parity") and plan.keys() != gpu.plan(gpu.Options()).keys()
     assert any("graph compiled" in name for name in gpu.plan(gpu.Options()))
 
 
 def test_gpu_benchmark_on_a_cpu(monkeypatch, tmp_path, capsys):
-    """Its steps at tiny sizes, one script for each; what one of them breaks on stays its own."""
-    only = ("losses dreamer_v1", "synchronisation dreamer_v2", "speed dreamer_v2 no such size bf16",
-            "real_run dreamer_v1")
+    """Its steps at tiny sizes; what one of them breaks on stays its own."""
+    only = ("losses dreamer_v1", "synchronisation dreamer_v2", "speed dreamer_v2 paper bf16",
+            "acting dreamer_v3", "real_run dreamer_v1")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--results", str(tmp_path),
                                       "--minutes", "100", "--only", *only])
     monkeypatch.setattr(gpu, "SLOWEST", 3000.0)  # on a busy machine
-    monkeypatch.setitem(gpu.SIZES, "dreamer_v2", ("no such size",))
+    made = gpu.plan
+    monkeypatch.setattr(gpu, "plan", lambda options: made(options) | {
+        "speed dreamer_v1 broken": ("speed", {
+            "script": "dreamer_v1", "mode": "no such mode", "size": "", "device": "cpu", "tiny": True})})
     gpu.main()
     said = capsys.readouterr().out
     record, = (json.loads(path.read_text()) for path in tmp_path.iterdir())
     steps = record["steps"]
-    assert list(steps) == [name for name in gpu.plan(gpu.Options(device="cpu")) if name.startswith(only)]
-    assert "no such size" in steps["speed dreamer_v2 no such size bf16"]["said"]
+    assert "no such mode" in steps["speed dreamer_v1 broken"]["said"]
     assert "losses dreamer_v1 bf16: differs from float32 by" in said
     for how in ("drawn", "drawn again", "by rule"):
         first = steps["losses dreamer_v1 float32"][how][0]
         assert len(first) >= 5 and gpu.difference(first, steps["losses dreamer_v1 bf16"][how][0]) < 0.05
-    assert "killed at 1" in said and "failed: nothing; in parts 0 tensors differ" in said
+    assert steps["speed dreamer_v2 paper bf16"]["kernels"] > 1000
+    assert steps["acting dreamer_v3"]["envs_1"]["act_ms"] > 0
+    assert "killed at 1" in said and "failed: nothing" in said
     real = steps["real_run dreamer_v1"]
-    assert real["dream_bytes"] > 1000 and min(real["in_parts"]["updates"]) > 15
-    assert "done" in real["torchrun"]["said"]
-
-
-def test_gpu_benchmark_tells_unequal_weights(tmp_path):
-    paths = [tmp_path / name for name in ("one.pt", "other.pt")]
-    for path, value in zip(paths, (1.0, 2.0)):
-        torch.save({"agent": {"same": torch.zeros(2), "changed": torch.full((2,), value)}}, path)
-    assert gpu.unequal_tensors(*paths) == ["changed"] and not gpu.unequal_tensors(*paths[:1] * 2)
-    assert gpu.unequal_tensors(paths[0])
+    assert real["dream_bytes"] > 1000 and "done" in real["torchrun"]["said"]
 
 
 def test_gpu_benchmark_without_a_gpu_or_without_time(monkeypatch, tmp_path, capsys):
@@ -150,7 +166,7 @@ class Foreseeing:
     """An agent that knows all: the reward of a row is the sum of the actions since its window began."""
 
     __module__ = "dreamer_v3"
-    spec, device = EnvSpec(None, 1, 1, False), torch.device("cpu")
+    spec, device = dreamer_v3.EnvSpec(None, 1, 1, False), torch.device("cpu")
     args = types.SimpleNamespace(clip_rewards="none")
 
     def __init__(self):
@@ -196,19 +212,22 @@ def test_foresight_compares_each_reward_with_what_was_said_of_it(tmp_path):
 
 def test_generated_tables_are_not_stale():
     """`python benchmarks/speed.py --table --write`, and the same of learning.py, make them anew."""
-    readme = (ROOT / "README.md").read_text()
-    for marks, table in ((speed.MARKS, speed.brief()), (learning.MARKS, learning.table())):
-        shown = readme.partition(marks[0] + "\n")[2].partition("\n" + marks[1])[0]
-        assert shown == table
-    paths = ["dreamer_v3.py", *(f"common/{name}.py" for name in ("rings", "maths", "runs", "rundir"))]
+    shown = "".join(path.read_text() for path in speed.MARKED)
+    tables = {"speed": speed.brief()} | {name: learning.table(name) for name in learning.SETS}
+    for name, table in tables.items():
+        begin, end = (f"<!-- {name}:{part} -->" for part in ("begin", "end"))
+        assert begin not in shown or not table or f"{begin}\n{table}\n{end}" in shown
+    assert speed.table() == (ROOT / "benchmarks" / "results" / "speed" / "table.md").read_text().strip()
+    paths = ["dreamer_v3.py", *(f"common/{name}.py" for name in ("rings", "maths", "run", "disk"))]
     lines = [len((ROOT / path).read_text().splitlines()) for path in paths]
-    assert f"| {sum(lines):,} in 5, of which the script {lines[0]:,} |" in readme
-    assert speed.table() in (ROOT / "benchmarks" / "results" / "speed.md").read_text()
+    assert f"| {sum(lines):,} in 5, of which the script {lines[0]:,} |" in (ROOT / "README.md").read_text()
 
 
 def test_every_result_of_the_table_was_made_by_the_command_above_it():
-    jobs = [(script, task) for script, tasks in learning.COMMANDS.items() for task in tasks]
-    for script, task in jobs:
-        for path in learning.HERE.glob(f"results/learning_{script}_{task}_?.json"):
-            job = learning.Job(script, task, int(path.stem.rpartition("_")[2]))
-            assert json.loads(path.read_text())["command"] == f"python {script}.py {job.flags}"
+    for script, tasks in learning.COMMANDS.items():
+        for task, seed in itertools.product(tasks, range(1, 10)):
+            job = learning.Job(script, task, seed)
+            if job.result.exists():
+                found = json.loads(job.result.read_text())
+                assert found["command"] == f"python {script}.py {job.flags}"
+                assert not found["commit"].endswith("-dirty")
