@@ -125,10 +125,9 @@ from torch import Tensor
 from common.cli import RunArgs, one_line_errors, parse
 from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, mean_over_ranks,
                             on_device, use_bf16)
-from common.disk import UserError
+from common.disk import Rings, UserError
 from common.envs import EnvConfig
 from common.play import dream, evaluate, load_agent
-from common.rings import Rings
 from common.run import Run
 from common.spaces import EnvSpec
 from common.vector import Envs, EnvStep

@@ -1,7 +1,6 @@
 """From the command line to `Args`: of a new run, or of one that a directory remembers."""
 
 import argparse
-import math
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -64,26 +63,25 @@ class RunArgs:
         for field in fields(self):
             object.__setattr__(self, field.name, values.get(field.name, field.default))
         if unknown := values.keys() - vars(self).keys():
-            raise TypeError(f"Args has no {', '.join(sorted(unknown))}")
+            raise UserError(f"there is no setting {', '.join(sorted(unknown))} (in this version)")
 
     def check(self, may_be_zero: set[str], shares: set[str]) -> None:
-        """Raise UserError, one line, for a number that is negative, infinite, or 0 where it counts.
+        """UserError for a number that is negative, infinite, 0 where it counts, or a share above 1.
 
-        `may_be_zero`: whole numbers that may be 0, besides MAY_BE_ZERO. `shares` are at most 1.
+        `may_be_zero`: whole numbers that may be 0, besides MAY_BE_ZERO.
         """
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            least = int(isinstance(value, int) and name not in may_be_zero | MAY_BE_ZERO)
-            most = 1 if name in shares else math.inf
-            if not (math.isfinite(value) and least <= value <= most):
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least "
-                                f"{least}" + f" and at most {most}" * (most == 1))
+            if type(value) in (int, float):
+                least = int(type(value) is int and name not in may_be_zero | MAY_BE_ZERO)
+                most = 1 if name in shares else sys.float_info.max
+                if not least <= value <= most:
+                    raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least "
+                                    f"{least}" + f" and at most {most}" * (most == 1))
 
 
 @contextmanager
 def one_line_errors():
-    """A mistake of the user gets one line and exit status 1, Ctrl-C exit status 130."""
+    """A mistake of the user gets one line and status 1, Ctrl-C status 130."""
     try:
         yield
     except (UserError, EnvError, OSError, ImportError) as error:
@@ -98,15 +96,12 @@ def one_line_errors():
 def parse(args_type: type, script: str, description: str):
     """Arguments, and the run directory if one of MODES names one.
 
-    The flags of a new run win over the presets of --env-id and --size. Those given with a run
-    directory win over what it remembers; a resume keeps all that a script declares itself, except
-    the learning rates and the length.
+    Flags win over presets, and over what a run directory remembers; but a resume keeps what the
+    script itself declares, except the learning rates and the length.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    modes = finder.add_mutually_exclusive_group()
-    for mode in MODES:
-        modes.add_argument(f"--{mode}")
-    finder.add_argument("--size")
+    for name in (*MODES, "size"):
+        finder.add_argument(f"--{name}")
     finder.add_argument("--env-id", "--env_id")
     asked = {name: value for name, value in vars(finder.parse_known_args()[0]).items() if value}
     mode = next((mode for mode in MODES if mode in asked), None)
@@ -116,9 +111,6 @@ def parse(args_type: type, script: str, description: str):
     made_by, stored = load_args(run_dir)
     if made_by != script:
         raise UserError(f"{run_dir} was made by {made_by}.py, this is {script}.py")
-    if unknown := stored.keys() - {field.name for field in fields(args_type)}:
-        raise UserError(f"{run_dir} has settings that this version does not know: "
-                        f"{', '.join(sorted(unknown))}; use the version that made it")
     if mode != "resume":
         stored["capture_video"] = False  # an evaluation is filmed if that is asked for now
     default = args_type(**stored)

@@ -26,10 +26,9 @@ def keep_freed_memory() -> None:
     """Let malloc keep large blocks that torch frees: each update allocates the same ones again.
 
     Without this, an update on a CPU takes a third longer (benchmarks/results/speed/attempts.md).
-    Call it after the first update: what that one leaves for good then lies at the bottom of the
-    heap. Linux with glibc.
+    Call it after the first update, so that what that one leaves for good lies at the bottom.
     """
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError):  # Linux with glibc alone has it
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: take blocks below 1 GiB from the heap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
@@ -52,10 +51,7 @@ def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 class Feeder:
-    """Batches of a replay, NamedTuples of tensors and None, on the device.
-
-    On a GPU the CPU draws the next batch while an update runs.
-    """
+    """Batches of a replay on the device. On a GPU the CPU draws the next one during an update."""
 
     def __init__(self, replay, device: torch.device, batch_size: int, length: int):
         """`replay` has `rng`, `windows(length)` and `sample(batch_size, length, rng) -> Batch`."""
@@ -64,18 +60,15 @@ class Feeder:
 
     def ready(self) -> bool:
         """Whether a whole window can be sampled on every rank; asks all ranks until it is so."""
-        if not self.is_ready:
-            self.is_ready = max_over_ranks(not self.replay.windows(self.shape[1])) == 0
+        self.is_ready = self.is_ready or not max_over_ranks(not self.replay.windows(self.shape[1]))
         return self.is_ready
 
     def next(self):
-        """The batch that was prepared, or a fresh one."""
         batch = self.waiting or self.replay.sample(*self.shape, self.replay.rng)
         self.waiting = None
         return type(batch)(*(on_device(tensor, self.device) for tensor in batch))
 
     def prepare(self) -> None:
-        """Draw the next batch ahead. On a CPU there would be nothing to overlap it with."""
         if self.device.type == "cuda":
             self.waiting = self.replay.sample(*self.shape, self.replay.rng)
 
@@ -100,8 +93,7 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable[..., dict[str, Tensor]], warmup: int = 3):
-        self.function, self.warmup = function, warmup
-        self.stream = torch.cuda.Stream()
+        self.function, self.warmup, self.stream = function, warmup, torch.cuda.Stream()
         self.graph = self.inputs = self.outputs = None
 
     def __call__(self, batch, *constants) -> dict[str, Tensor]:
@@ -135,12 +127,11 @@ def join(cuda: bool) -> tuple[int, int, torch.device]:
     kind = "cuda" if cuda and torch.cuda.is_available() else "cpu"
     if not {"LOCAL_RANK", "RANK", "WORLD_SIZE"} <= os.environ.keys():
         return 0, 1, torch.device(kind)
-    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device(kind if kind == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}")
     if kind == "cuda":
-        torch.cuda.set_device(local)  # nccl deadlocks when two processes share a GPU
+        torch.cuda.set_device(device)  # nccl deadlocks when two processes share a GPU
     # gloo beside nccl: an agreement of the CPUs must not wait for the GPUs.
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-    device = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -155,10 +146,9 @@ def gather(value) -> list:
 
 def max_over_ranks(value: int) -> int:
     """The largest `value` of all processes."""
-    if not dist.is_initialized():
-        return int(value)
     shared = torch.tensor(int(value))  # on the CPU: an update may be running on the GPU
-    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
 
 
@@ -174,11 +164,7 @@ def gather_ranks(x: Tensor) -> Tensor:
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of `x` over all processes, with the gradient of this one's share of it."""
     mean = x.mean()
-    if not dist.is_initialized():
-        return mean
-    whole = mean.detach().clone()
-    dist.all_reduce(whole)
-    return mean + (whole / dist.get_world_size() - mean.detach())
+    return mean + (gather_ranks(x.detach().flatten()).mean() - mean.detach())
 
 
 def average_over_ranks(grads: tuple[Tensor, ...]) -> None:

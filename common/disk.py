@@ -1,6 +1,7 @@
-"""A run on the disk: its directory, the lock of its one owner, args.json and checkpoint.pt."""
+"""A run on the disk: its directory, its one owner, args.json, checkpoint.pt and rings of rows."""
 
 import json
+import mmap
 import os
 import pickle
 import re
@@ -8,6 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -26,14 +28,11 @@ def create_run_dir(root: str, env_id: str, exp_name: str, seed: int) -> Path:
     return path
 
 
-def lock_run_dir(run_dir: Path) -> FileLock:
-    """A lock that this process holds while the object lives. UserError if another one has it."""
-    lock = FileLock(run_dir / "lock", blocking=False)
+def lock_run_dir(run_dir: Path):
     try:
-        lock.acquire()
+        return FileLock(run_dir / "lock", blocking=False).acquire()
     except Timeout as error:
         raise UserError(f"another process trains in {run_dir}; stop it first") from error
-    return lock
 
 
 @contextmanager
@@ -62,7 +61,6 @@ def save_args(run_dir: Path, script: str, args: dict) -> None:
 
 
 def load_args(run_dir: Path | str) -> tuple[str, dict]:
-    """The script and the arguments that `save_args` wrote."""
     try:
         found = json.loads((Path(run_dir) / "args.json").read_text())
         return str(found["script"]), dict(found["args"])
@@ -72,9 +70,84 @@ def load_args(run_dir: Path | str) -> tuple[str, dict]:
 
 def load_checkpoint(run_dir: Path) -> dict:
     """Read a checkpoint to the CPU. weights_only: it is data, and cannot run code."""
-    path = run_dir / "checkpoint.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged, or no checkpoint of this project; restore it from a "
-                        "copy, or start a new run") from error
+        raise UserError(f"{run_dir}/checkpoint.pt is damaged; restore a copy of it") from error
+
+
+class Rings:
+    """One ring of rows per environment: a memory-mapped `.npy` file for each part of a row.
+
+    Rows are numbered from the start of the run; row i lies in slot i % capacity. The rows
+    [oldest, count) can be read. A resume is exact: `count` comes from the checkpoint, and
+    `rows.npy` = [begun, complete], of which `begun` never goes back, tells which of the oldest
+    rows a killed process has replaced.
+    """
+
+    def __init__(self, folder: Path, layout: dict[str, tuple[type, tuple[int, ...]]],
+                 capacity: int, num_envs: int):
+        """Open the files in `folder`, or make them; `layout` has type and shape of each part."""
+        if (folder / "rows.npy").exists():  # of a resumed run: the rings keep their size
+            capacity = open_array(folder / "reward.npy").shape[1]
+        self.capacity, self.num_envs = capacity, num_envs
+        self.files = {name: open_array(folder / f"{name}.npy", dtype, (num_envs, capacity, *shape))
+                      for name, (dtype, shape) in layout.items()}
+        self.rows = open_array(folder / "rows.npy", np.int64, (2,))  # last: then none is missing
+        self.count = int(self.rows[1])
+        self.gibibytes = sum(file.nbytes for file in self.files.values()) / 2**30
+
+    @property
+    def oldest(self) -> int:
+        """The oldest row that is still whole."""
+        return max(0, int(self.rows[0]) - self.capacity)
+
+    def append(self, row: dict[str, np.ndarray]) -> None:
+        """Add a row per environment; parts that the rings do not keep are ignored."""
+        self.rows[0] = max(self.rows[0], self.count + 1)  # before the row is touched
+        for name, file in self.files.items():
+            file[:, self.count % self.capacity] = row[name]
+        self.count += 1
+        self.rows[1] = self.count
+
+    def read(self, env: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Copies (T, B, ...) of the rows with numbers `rows` (T, B) of the environments (B,)."""
+        return {name: file[env, rows % self.capacity] for name, file in self.files.items()}
+
+    def flush(self) -> None:
+        """Write to the disk and drop the pages from this process, so that its memory stays flat."""
+        for file in (*self.files.values(), self.rows):
+            file.flush()
+            if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+                file._mmap.madvise(mmap.MADV_DONTNEED)
+
+    def roll_back(self, count: int) -> None:
+        """Go back to a checkpoint: later rows are forgotten, and so are those they replaced."""
+        if self.rows[0] < count:
+            raise UserError("the replay files are older than the checkpoint; restore both from the "
+                            "same copy of the run directory")
+        self.count = count
+
+
+def open_array(path: Path, dtype: type | None = None,
+               shape: tuple[int, ...] | None = None) -> np.memmap:
+    """Memory-mapped `.npy` file. If there is none, it is made and its disk space reserved.
+
+    Else a disk that fills up later would kill the process (SIGBUS); only Linux can reserve.
+    """
+    try:
+        if dtype and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+            with open(temporary, "r+b") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+            temporary.rename(path)
+        array = np.lib.format.open_memmap(path, "r+")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot open {path}: {error}; --buffer-size sets its size") from error
+    if dtype and (array.dtype, array.shape) != (np.dtype(dtype), shape):
+        raise UserError(f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}: "
+                        "it belongs to another kind of environment")
+    return array

@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import gymnasium as gym
-import numpy as np
 from gymnasium import wrappers
 
 from common.spaces import EnvError, ImageAndVector, standard_actions
 
 PACKAGES = {  # part of a plain id: what to import, how to get it
-    "dm_control/": ("shimmy", 'pip install "shimmy[dm-control]"'),
-    "MiniGrid-": ("minigrid", "pip install minigrid"),
-    "BabyAI-": ("minigrid", "pip install minigrid"),
-    "Vizdoom": ("vizdoom.gymnasium_wrapper", "pip install vizdoom"),
-    "ALE/": ("ale_py", "pip install ale-py"), "NoFrameskip-v": ("ale_py", "pip install ale-py")}
+    "dm_control/": ("shimmy", '(pip install "shimmy[dm-control]")'),
+    "MiniGrid-": ("minigrid", "(pip install minigrid)"),
+    "BabyAI-": ("minigrid", "(pip install minigrid)"),
+    "Vizdoom": ("vizdoom.gymnasium_wrapper", "(pip install vizdoom)"),
+    "ALE/": ("ale_py", "(pip install ale-py)"), "NoFrameskip": ("ale_py", "(pip install ale-py)")}
 
 
 @dataclass(frozen=True)
@@ -49,28 +48,24 @@ class EnvConfig:
 def find(env_id: str) -> str:
     """Import the module that registers an id; gives the id without it."""
     module, _, name = env_id.rpartition(":")
-    known = next((PACKAGES[x] for x in PACKAGES if x in env_id), ("", "")) if not module else ""
-    module, hint = known or (module, "")
+    known, hint = next((PACKAGES[x] for x in PACKAGES if x in name and not module), ("", ""))
     if os.getcwd() not in sys.path:  # the module is where the user stands
         sys.path.append(os.getcwd())
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's own choice needs a display
     try:
-        found = importlib.import_module(module) if module else None
+        found = importlib.import_module(module or known or "gymnasium")
     except ImportError as error:
-        raise EnvError(f"{env_id} cannot be imported: {error}; {hint}") from error
-    if found and not known and name not in gym.registry:
-        raise EnvError(f"{found.__file__} was imported and registers no {name!r}; your module "
-                       "needs a name that no other module has")
+        raise EnvError(f"{env_id} cannot be imported: {error} {hint}") from error
+    if module and name not in gym.registry:
+        raise EnvError(f"{found.__file__} registers no {name!r}: is that the module you mean?")
     return name
 
 
 def benchmark(env_id: str) -> str:
     """Whose habits a task follows: "atari", "control" (DeepMind's) or "other"."""
-    name = find(env_id)
-    entries = [str(spec.entry_point) for known, spec in gym.registry.items()
-               if known == name or known.startswith(f"{name}-v")]  # an id may lack its version
-    is_atari = any(entry.startswith("ale_py") for entry in entries)
+    spec = gym.registry.get(name := find(env_id))
+    is_atari = spec and str(spec.entry_point).startswith("ale_py")
     return "atari" if is_atari else "control" if name.startswith("dm_control/") else "other"
 
 
@@ -81,10 +76,10 @@ def make_env(config: EnvConfig) -> gym.Env:
     except EnvError:
         raise
     except (Exception, SystemExit) as error:
-        hint = "; an id of your own is module:Id-v0"
         if not isinstance(error, gym.error.Error):
-            hint = traceback.print_exc() or ""
-        raise EnvError(f"cannot make {config.env_id!r}: {error}{hint}") from error
+            traceback.print_exc()
+        raise EnvError(f"cannot make {config.env_id!r} (one of your own is module:Id-v0): "
+                       f"{type(error).__name__}: {error}") from error
 
 
 def _make(config: EnvConfig) -> gym.Env:
@@ -95,17 +90,15 @@ def _make(config: EnvConfig) -> gym.Env:
         kwargs["render_mode"] = "rgb_array"
     kind = benchmark(config.env_id)
     if kind == "atari":
-        sys.modules["ale_py"].ALEInterface.setLoggerMode(sys.modules["ale_py"].LoggerMode.Error)
+        import ale_py
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         # frameskip=1 because the wrapper skips: it takes the maximum of the last two frames, as a
         # sprite may be drawn on every other frame only. ALE's own limit of 108,000 frames stays.
         kwargs |= {"frameskip": 1, "repeat_action_probability": config.sticky}
     if kind == "control":  # the authors' cameras; the free one loses the walker
-        camera = 2 if "quadruped" in config.env_id else 0
         sizes = {"height": size, "width": size} if config.pixels else {}
-        kwargs["render_kwargs"] = {"camera_id": camera} | sizes
+        kwargs["render_kwargs"] = {"camera_id": 2 * ("quadruped" in config.env_id)} | sizes
     env = gym.make(config.env_id, disable_env_checker=True, **kwargs)
-    if config.pixels or config.films:
-        env = Frames(env)
     if kind == "atari":
         env = Atari(env, config.noop_max, config.action_repeat, size,
                     grayscale_obs=config.grayscale, grayscale_newaxis=True)
@@ -127,10 +120,9 @@ def _make(config: EnvConfig) -> gym.Env:
 
 
 class Atari(wrappers.AtariPreprocessing):
-    """Gymnasium's preprocessing, except that an episode's last picture is the last one.
+    """Gymnasium's, but an episode ends with a fresh picture, as in the authors' V3.
 
-    Theirs repeats the picture before, so no model can see the end. (The authors' V1 and V2 share
-    that; their V3 takes the fresh screen, and so do all scripts here.)
+    Gymnasium (and the authors' V1 and V2) repeat the one before: no model can see the end.
     """
 
     def step(self, action):
@@ -141,16 +133,3 @@ class Atari(wrappers.AtariPreprocessing):
             self.obs_buffer[1].fill(0)
             observation = self._get_obs()
         return observation, reward, terminated, truncated, info
-
-
-class Frames(gym.Wrapper):
-    """Turns what `render` gives into (H, W, 3) uint8: Pillow's images, grey, floats from 0 to 1."""
-
-    def render(self):
-        frame = np.asarray(self.env.render())
-        if frame.dtype.kind == "f":
-            frame = np.rint(255 * frame.clip(0, 1)).astype(np.uint8)
-        frame = frame[..., None].repeat(3, -1) if frame.ndim == 2 else frame
-        if frame.dtype != np.uint8 or frame.shape[2:] not in ((3,), (4,)):
-            raise EnvError(f"render() gave {frame.dtype}{frame.shape}, expected (H, W, 3) uint8")
-        return frame[..., :3]

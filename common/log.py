@@ -36,22 +36,20 @@ class Log:
     """
 
     def __init__(self, run_dir: Path, args, step: int, updates: int, enabled: bool):
-        """`args`: total_timesteps, track and its wandb_*; all of them are shown in a table."""
         self.total, self.writer, self.wandb = args.total_timesteps, None, None
         self.mark, self.print_at, self.timed = (time.time(), step, updates), 0.0, False
         self.bar = tqdm(total=self.total, initial=min(step, self.total), unit=" steps", smoothing=0,
                         disable=not (enabled and sys.stderr.isatty()), dynamic_ncols=True,
                         bar_format=UNTIMED)
-        if not enabled:
-            return
-        if args.track:  # first: it hooks into SummaryWriter
+        if enabled and args.track:  # first: it hooks into SummaryWriter
             import wandb  # on a resume the name, as the id, continues the run there
             self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity,
                                     name=run_dir.name, id=run_dir.name, resume="allow",
                                     dir=str(run_dir), config=vars(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
-        rows = [f"|{name}|{value}|" for name, value in vars(args).items()]
-        self.writer.add_text("hyperparameters", "\n".join(["|name|value|", "|-|-|", *rows]), step)
+        if enabled:
+            self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+            rows = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
+            self.writer.add_text("hyperparameters", "|name|value|\n|-|-|\n" + rows, step)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for tag, value in values.items() if self.writer else ():
@@ -61,11 +59,10 @@ class Log:
         """Add (T, H, W, 3) uint8 frames as an animated image; add_video would need moviepy."""
         image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3,
                               encoded_image_string=gif_bytes(frames))
-        value = Summary.Value(tag=tag, image=image)
-        self.writer.file_writer.add_summary(Summary(value=[value]), step)
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self.writer.file_writer.add_summary(summary, step)
 
     def speeds(self, step: int, updates: int) -> dict[str, float]:
-        """Timesteps and updates per second since the last call."""
         before, self.mark = self.mark, (time.time(), step, updates)
         seconds = self.mark[0] - before[0]
         return {"charts/SPS": (step - before[1]) / seconds,
@@ -77,8 +74,7 @@ class Log:
         if self.bar.disable and self.writer and time.time() > self.print_at:
             self.print_at = time.time() + 60
             print(f"timestep {step:,} of {self.total:,}", words, file=sys.stderr, flush=True)
-        if postfix["updates"] and not (self.timed or self.bar.disable):  # what came before says
-            # nothing about the time left
+        if postfix["updates"] and not (self.timed or self.bar.disable):  # before, it was no measure
             self.bar.start_t, self.bar.initial, self.bar.bar_format = time.time(), step, None
             self.timed = True
         self.bar.set_postfix(words, refresh=False)

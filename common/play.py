@@ -15,7 +15,7 @@ from common.envs import make_env
 from common.run import load_weights
 from common.spaces import EnvSpec
 from common.vector import Envs, EnvStep
-from common.video import gif_bytes, side_by_side, strip, to_rgb
+from common.video import draw, gif_bytes, to_rgb
 
 
 
@@ -30,7 +30,7 @@ def load_agent(agent_type: type, args, run_dir: Path):
 
 
 def play(args, agent, num_envs: int, films: str = ""):
-    """Endlessly yield an observation of all environments and the agent's action (P, A) there."""
+    """Endlessly yield an observation of all environments and the agent's actions (P, A)."""
     seed = args.seed + 10**6  # no training run has used it
     prepare_torch(args, seed)
     config = replace(args.env_config, films=films, film_all=True, seed=args.eval_env_seed)
@@ -54,9 +54,7 @@ def evaluate(args, agent, run_dir: Path) -> list[float]:
     # Every environment plays its share: to count who finishes first would favour short episodes.
     left = np.array([len(part) for part in np.array_split(range(count), num_envs)])
     films = str(run_dir / "videos") if args.capture_video else ""
-    for step, (obs, _) in enumerate(play(args, agent, num_envs, films)):
-        if step == 10_000 and not returns:
-            print(f"no episode has ended in {step:,} timesteps; --max-episode-steps ends them")
+    for obs, _ in play(args, agent, num_envs, films):
         for env in np.flatnonzero(obs.is_last & (left > 0)):
             left[env] -= 1
             returns.append(float(obs.episode_return[env]))
@@ -72,8 +70,7 @@ def evaluate(args, agent, run_dir: Path) -> list[float]:
 def dream(args, agent, run_dir: Path, open_loop, to_batch) -> None:
     """Write what the agent imagines as RUN_DIR/videos/dream.gif and dream.png.
 
-    `to_batch(rows)` makes a batch of arrays (T, 1, ...) by their names, and
-    `open_loop(agent, batch, context, choose)` gives the videos of it by their titles.
+    `to_batch` and `open_loop` are the script's.
     """
     context, length, steps = args.dream_context, args.dream_context + args.dream_horizon, deque()
     for obs, action in play(args, agent, 1):
@@ -81,32 +78,30 @@ def dream(args, agent, run_dir: Path, open_loop, to_batch) -> None:
         if obs.is_last.any() or len(steps) == 1000:
             break
     middle = max(0, (len(steps) - length) // 2)  # the first frames are often a still picture
-    steps = list(steps)[middle:middle + length]
+    steps, choose, name = list(steps)[middle:middle + length], None, "dream.gif"
     if len(steps) <= context:
         raise UserError(f"the episode ended after {len(steps)} timesteps; lower --dream-context")
-    choose = None
     if args.dream_actions != "recorded":  # a dream may last longer than what really happened
         steps += steps[-1:] * (length - len(steps))
-        choose = Keyboard(args, agent) if args.dream_actions == "keyboard" else (
-            lambda picture, action: action)
-    rows = {name: np.stack([step[name] for step in steps])
-            for name in ("image", "vector", "action", "reward", "is_first", "is_terminal")
-            if steps[0][name] is not None}
+        is_keyboard = args.dream_actions == "keyboard"
+        choose = Keyboard(args, agent) if is_keyboard else lambda picture, action: action
+        name = f"dream_{args.dream_actions}.gif"
+    rows = {name: np.stack([step[name] for step in steps]) for name, part in steps[0].items()
+            if part is not None and name not in ("is_last", "episode_return", "episode_length")}
     rows["is_first"][:] = [[True]] + [[False]] * (len(steps) - 1)
-    series = open_loop(agent, to_batch(rows), context, choose)
-    name = "dream.gif" if choose is None else f"dream_{args.dream_actions}.gif"
-    path = run_dir / "videos" / name
+    series, path = open_loop(agent, to_batch(rows), context, choose), run_dir / "videos" / name
+    frames, strip = draw(series, context, max(1, length // 10))
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(gif_bytes(side_by_side(series, context)))
-    Image.fromarray(strip(series, context, max(1, length // 10))).save(path.with_suffix(".png"))
+    path.write_bytes(gif_bytes(frames))
+    Image.fromarray(strip).save(path.with_suffix(".png"))
     print("what happened | reconstruction | imagination:", path, path.with_suffix(".png"))
 
 
 class Keyboard:
     """Shows each imagined picture in a window; the keys that are held there choose the action.
 
-    The keys are those of `gymnasium.utils.play` where the environment names some. Otherwise 1, 2,
-    ... stand for discrete actions, and arrows move the first two numbers of continuous ones.
+    The keys are those of `gymnasium.utils.play` where the environment names some, else 1, 2, ...;
+    arrows move the first two numbers of continuous actions.
     """
 
     def __init__(self, args, agent):
@@ -122,31 +117,30 @@ class Keyboard:
         self.window, self.clock = pygame.display.set_mode((512, 512)), pygame.time.Clock()
 
     def __call__(self, picture: np.ndarray, action: torch.Tensor) -> torch.Tensor | None:
-        """The next action (1, A), or None once the window is closed or Escape is pressed."""
         pygame, chosen = self.pygame, torch.zeros_like(action)
         frame = to_rgb(picture).swapaxes(0, 1)
         pygame.transform.scale(pygame.surfarray.make_surface(frame), (512, 512), self.window)
         pygame.display.flip()
         self.clock.tick(15)
-        events, held = pygame.event.get(), pygame.key.get_pressed()
-        if any(event.type == pygame.QUIT for event in events) or held[pygame.K_ESCAPE]:
+        if pygame.event.get(pygame.QUIT):
             pygame.quit()
             return None
+        pygame.event.pump()
+        held = pygame.key.get_pressed()
         if self.discrete:
             ready = [keys for keys in self.keys if all(held[key] for key in keys)]
             chosen[0, self.keys[max(ready, key=len)] if ready else 0] = 1
         else:
-            arrows = torch.tensor([held[pygame.K_RIGHT] - held[pygame.K_LEFT],
-                                   held[pygame.K_UP] - held[pygame.K_DOWN]]).float()
-            chosen[0, :2] = arrows[:chosen.shape[-1]]
+            right, left, up, down = (held[key] for key in (pygame.K_RIGHT, pygame.K_LEFT,
+                                                           pygame.K_UP, pygame.K_DOWN))
+            chosen[0, :2] = torch.tensor([right - left, up - down][:chosen.shape[-1]])
         return chosen
 
 
 def load(run_dir: Path | str, **flags) -> "Player":
     """The trained agent of a run directory, to act in a program of your own.
 
-    flags: fields of the script's `Args` that shall differ from those of the run, such as
-    eval_greedy=True (otherwise actions are drawn) or cuda=False.
+    flags: what shall differ from the run's `Args`, such as eval_greedy=True or cuda=False.
     """
     script, stored = load_args(run_dir)
     module = importlib.import_module(script)
@@ -157,8 +151,7 @@ def load(run_dir: Path | str, **flags) -> "Player":
 class Player:
     """A trained agent in the terms of the environment that it was trained on.
 
-    `env` is a new one of these, as Gymnasium made it, but with --action-repeat, and on Atari with
-    its preprocessing; with --pixels its observation is the picture.
+    `env` is a new one of these, with --action-repeat, --pixels and Atari's preprocessing.
     """
 
     def __init__(self, args, agent):

@@ -20,7 +20,7 @@ from common.disk import (UserError, create_run_dir, load_checkpoint, lock_run_di
                          replace_when_done, save_args)
 from common.log import Log, to_numbers
 from common.spaces import EnvError
-from common.video import side_by_side
+from common.video import draw
 
 CHECKPOINT_SECONDS = 600  # the longest time between two checkpoints
 
@@ -28,21 +28,19 @@ CHECKPOINT_SECONDS = 600  # the longest time between two checkpoints
 class Run:
     """What surrounds the main loop of a new run, or of the rest of the one in `run_dir`.
 
-    With several processes only rank 0 makes files, except for the replay; all ranks begin, save and
-    leave together. As a context manager it saves at the end, and also after an EnvError, which does
-    no harm to the agent. After any other error the last checkpoint stays as it is.
+    Of several processes only rank 0 makes files, except for the replay; all ranks begin, save and
+    leave together. It saves at the end, and also after an EnvError, which does no harm to the
+    agent. After any other error the last checkpoint stays as it is.
     """
 
     def __init__(self, script: str, args, run_dir: Path | None):
         """Join the other processes, seed, and make the run directory or read its checkpoint."""
         self.args, self.rank, self.ranks, self.device = args, *join(args.cuda)
         if args.batch_size % self.ranks:
-            raise UserError(f"--batch-size {args.batch_size} does not divide among {self.ranks} "
-                            "processes")
+            raise UserError(f"--batch-size {args.batch_size} is not for {self.ranks} processes")
         self.is_new, self.saved = run_dir is None, load_checkpoint(run_dir) if run_dir else None
         if self.saved and len(self.saved["ranks"]) != self.ranks:
-            raise UserError(f"the run was made by {len(self.saved['ranks'])} processes, not "
-                            f"{self.ranks}; start as many")
+            raise UserError(f"start {len(self.saved['ranks'])} processes, as this run had before")
         if self.rank == 0:
             run_dir = run_dir or create_run_dir(args.runs_dir, args.env_id,
                                                 args.exp_name or script, args.seed)
@@ -61,7 +59,6 @@ class Run:
         return self
 
     def open_replay(self, replay_type: type, spec, capacity: int):
-        """The replay of this process."""
         folder = self.dir / "replay" / (f"rank{self.rank}" if self.ranks > 1 else "")
         capacity = max(self.args.batch_length, math.ceil(capacity / self.ranks))
         return replay_type(folder, spec, capacity, self.args.num_envs, self.args.seed + self.rank)
@@ -86,15 +83,14 @@ class Run:
         self.started = True
 
     def greet(self, first_update: int) -> None:
-        """Say where the run is and what it takes."""
         rings = self.feeder.replay.rings
         millions = sum(p.numel() for p in self.agent.parameters() if p.requires_grad) / 1e6
         print(f"run directory: {self.dir}\nenvironment: {self.envs.spec}",
               *(f"note: {notice}" for notice in self.envs.notices),
               f"agent: {millions:.2f} million parameters, on {self.device}"
-              f"{' in bfloat16' if self.agent.bf16 else ''}",
+              + " in bfloat16" * self.agent.bf16,
               f"replay buffer: {rings.capacity * rings.num_envs:,} timesteps, "
-              f"{rings.gibibytes:.2f} GiB of disk{' per rank' * (self.ranks > 1)}",
+              f"{rings.gibibytes:.2f} GiB of disk" + " per rank" * (self.ranks > 1),
               f"curves and dreams: tensorboard --logdir {shlex.quote(str(self.dir.parent))}",
               f"{max(0, first_update - self.step):,} random timesteps first", sep="\n")
         if self.device.type == "cpu" and millions > 4:
@@ -102,7 +98,7 @@ class Run:
                   "CartPole-v1 --size XXS --total-timesteps 15000 --threads 1")
 
     def ask_to_stop(self, number, frame) -> None:
-        """Handler of Ctrl-C and SIGTERM: leave the main loop; a second Ctrl-C stops at once."""
+        """Ctrl-C and SIGTERM leave the main loop; a second Ctrl-C stops at once."""
         if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop = True  # print() may not be called in a handler
@@ -129,15 +125,16 @@ class Run:
             log.scalars({"charts/episodic_return": self.returns[-1],
                          "charts/episodic_length": obs.episode_length[env],
                          "charts/updates": agent.updates}, self.step)
-        is_due = [every and self.step // every > self.before // every
-                  for every in (args.log_every, args.video_every, args.checkpoint_every)]
-        if self.device.type == "cpu" or is_due[0]:  # a GPU would be waited for
+        to_log, to_film, to_save = (
+            every and self.step // every > self.before // every  # a multiple was crossed
+            for every in (args.log_every, args.video_every, args.checkpoint_every))
+        if self.device.type == "cpu" or to_log:  # a GPU would be waited for
             values = to_numbers(metrics, agent.updates)
-            if is_due[0]:
-                log.scalars(values | log.speeds(self.step, agent.updates), self.step)
-        if is_due[1]:
+        if to_log:
+            log.scalars(values | log.speeds(self.step, agent.updates), self.step)
+        if to_film:
             self.log_video()
-        if is_due[2]:
+        if to_save:
             self.save()
         last = {"mean_return": np.mean(self.returns)} if self.returns else {}  # of up to 10
         log.progress(self.step, **last, updates=agent.updates)
@@ -146,15 +143,15 @@ class Run:
     def log_video(self) -> None:
         """What the agent imagines now; no random number that training uses is drawn for it."""
         args, replay = self.args, self.feeder.replay
-        longest, least = args.dream_context + args.dream_horizon, args.batch_length
-        length = longest if replay.windows(longest) else least
+        context = min(args.dream_context, args.batch_length - 1)
+        length = context + args.dream_horizon
+        length = length if replay.windows(length) else args.batch_length
         if self.rank or not self.agent.updates or not replay.windows(length):
             return
-        context = min(args.dream_context, length - 1)
         batch = replay.sample(1, length, np.random.default_rng(self.step))
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             series = self.open_loop(self.agent, batch, context)
-        self.log.video("open_loop", side_by_side(series, context), self.step)
+        self.log.video("open_loop", draw(series, context)[0], self.step)
 
     def save(self) -> None:
         """Replay rows to disk first, then the checkpoint that refers to them."""
@@ -172,7 +169,6 @@ class Run:
                 torch.save(state, file)
 
     def restore(self) -> None:
-        """Undo `save`."""
         saved, agent, mine = self.saved, self.agent, self.saved["ranks"][self.rank]
         load_weights(agent, saved, self.envs.spec, self.dir)
         for name, optimizer in agent.optimizers().items():
@@ -185,36 +181,33 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         is_saved = self.started and (error is None or isinstance(error, EnvError))
         is_done = self.step >= self.args.total_timesteps
+        if is_saved and error and not is_done:
+            max_over_ranks(2)  # the others learn of it in `stopping`
         if is_saved:
-            if error and not is_done:
-                max_over_ranks(2)  # the others learn of it in `stopping`
             self.save()
-            if is_done and self.before and self.args.video_every:
-                self.log_video()
+        if is_saved and is_done and self.before and self.args.video_every:
+            self.log_video()
         for part in filter(None, (self.log, self.envs)):
             part.close()
         if self.started and hasattr(self.agent.learn, "free"):
-            self.agent.learn.free()  # nccl waits for ever for a CUDA graph of its collectives
+            self.agent.learn.free()
         if self.rank == 0 and not self.started and self.is_new:  # it leaves nothing behind
             shutil.rmtree(self.dir, ignore_errors=True)
         call = f"python {shlex.quote(sys.argv[0])} --%s {shlex.quote(str(self.dir))}"
         if is_saved and error:
             raise UserError(f"{error}; it is saved; go on with: {call % 'resume'}") from error
-        if is_saved and self.rank == 0 and not is_done:
-            print(f"stopped and saved; go on with: {call % 'resume'}")
+        if is_saved and self.rank == 0 and is_done:
+            print(f"done; returns of the last episodes: {list(self.returns)}",
+                  call % "evaluate", call % "dream", sep="\n    ")
         elif is_saved and self.rank == 0:
-            mean = f"{np.mean(self.returns):g}" if self.returns else "unknown"
-            print(f"done; mean return of the last ten episodes: {mean}", call % "evaluate",
-                  call % "dream", sep="\n    ")
+            print(f"stopped and saved; go on with: {call % 'resume'}")
 
 
 def load_weights(agent, saved: dict, spec, run_dir: Path | str) -> None:
     """Load a checkpoint into the agent of an environment; UserError if one of the two differs."""
     if asdict(spec) != saved["spec"]:
-        raise UserError(f"the environment is {asdict(spec)}, {run_dir} was made with "
-                        f"{saved['spec']}")
+        raise UserError(f"the environment is {spec}, {run_dir} was made with {saved['spec']}")
     try:
         agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
-        raise UserError(f"{run_dir}/checkpoint.pt does not fit this code or these settings; use "
-                        "those that wrote it") from error
+        raise UserError(f"{run_dir} does not fit this code; use that which made it") from error

@@ -13,10 +13,10 @@ BOUNDS = {"image": (0, 255, np.uint8), "vector": (-np.inf, np.inf, np.float32)}
 
 
 class EnvError(Exception):
-    """The environment cannot be used, in one line for the user, who can mend it."""
+    """The environment cannot be used. One line for the user, who can mend it."""
 
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))  # the text of a space may have several lines
+    def __str__(self) -> str:
+        return " ".join(self.args[0].split())  # the text of a space may have several lines
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class ImageAndVector(gym.Wrapper):
     """Sorts the parts of an observation into one image and one vector; checks what `env` gives.
 
     Pictures (see `is_picture`) are resized and stacked on channels. Everything else except text is
-    flattened as Gymnasium does it (a Discrete becomes one-hot). What would poison the replay raises
-    ValueError: another shape or kind of number, NaN, an end that is not True or False.
+    flattened as Gymnasium does it (a Discrete becomes one-hot). ValueError: another shape or kind
+    of number, NaN, an end that is not True or False.
     """
 
     def __init__(self, env: gym.Env, image_size: int, grayscale: bool):
@@ -111,12 +111,9 @@ class ImageAndVector(gym.Wrapper):
             else:
                 raise ValueError(f"the observation has {part!r} where {space} is expected")
         result = {key: np.concatenate(found, -1) for key, found in result.items() if found}
-        if self.shapes is None:  # a sample of the space, which may be infinite
-            return result
-        if self.shapes != (shapes := {key: part.shape for key, part in result.items()}):
-            raise ValueError(f"the observation is {shapes}, its space says {self.shapes}")
-        if not np.isfinite(result.get("vector", 0)).all():
-            raise ValueError("the observation holds NaN or infinity")
+        shapes, finite = {key: part.shape for key, part in result.items()}, np.isfinite
+        if self.shapes and not (shapes == self.shapes and finite(result.get("vector", 0)).all()):
+            raise ValueError(f"the observation has NaN, infinity, or {shapes}, not {self.shapes}")
         return result
 
     def to_image(self, space: spaces.Box, image: np.ndarray) -> np.ndarray:
@@ -126,8 +123,7 @@ class ImageAndVector(gym.Wrapper):
             unit = (image - low) / (high - low)
             is_other = image.dtype.kind == "f" and space.dtype.kind != "f"
             if is_other or not (unit.min() >= -0.01 and unit.max() <= 1.01):  # as with NaN
-                raise ValueError(f"the picture is {image.dtype} from {image.min()} to "
-                                 f"{image.max()}, expected {space}")
+                raise ValueError(f"a picture has {image.dtype} beyond {space}")
             image = np.rint(255 * unit.clip(0, 1)).astype(np.uint8)
         if image.ndim == 4:
             image = np.concatenate(image, -1)

@@ -4,8 +4,8 @@ The last observation of an episode is seen, with its reward. The next `step` ign
 environment's action and starts its next episode: this is Gymnasium's `AutoresetMode.NEXT_STEP`.
 The scripts' docstrings draw it ("Time alignment").
 
-Every environment has a process of its own, even if there is only one. So it cannot touch the
-agent's random numbers, threads or working directory, and its crash does not end the run unsaved.
+Every environment has a process of its own, even a single one. So it cannot touch the agent's random
+numbers, threads or working directory, and its crash does not end the run unsaved.
 """
 
 import multiprocessing
@@ -44,10 +44,9 @@ class EnvStep(NamedTuple):
 
 
 class Envs:
-    """P environments in lockstep.
+    """P environments in lockstep; `notices` says what may not be as the user intended.
 
-    One that raises, whose process dies, or that returns NaN, ends the run with an EnvError, behind
-    the traceback of what happened. `notices` says what may not be as the user intended.
+    One that fails, or whose process dies, raises EnvError, behind the traceback of what happened.
     """
 
     def __init__(self, config: EnvConfig, num_envs: int, seed: int):
@@ -59,8 +58,13 @@ class Envs:
             registered = gym.registry.get(find(config.env_id))
             makers = [partial(make_here, config, registered, os.getpid(), index, seed)
                       for index, seed in enumerate(seeds)]
-            with without_main_module():
+            # multiprocessing would import the main script, and with it torch, in each process.
+            multiprocessing.set_forkserver_preload(["ale_py", "cv2", "gymnasium.vector"])
+            main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+            try:
                 self.vector = AsyncVectorEnv(makers, context=METHOD)
+            finally:
+                sys.modules["__main__"] = main
             self.notices = self.vector.get_attr("notices")[0]
         self.spec = env_spec(self.vector.single_observation_space, self.vector.single_action_space)
 
@@ -69,8 +73,7 @@ class Envs:
         with self._explained():
             observation, _ = self.vector.reset(seed=self.seeds)
         if "image" in observation and observation["image"].max() < 16:
-            print("\nnote: the first picture is almost black; if it holds codes, not colours, and "
-                  "the environment can render, use --pixels", file=sys.stderr)
+            print("\nnote: the first picture is almost black; if it holds codes, try --pixels")
         no = np.zeros(self.num_envs, bool)
         self.returns, self.lengths, self.is_last = np.zeros(self.num_envs), no.astype(int), ~no
         return self._row(observation, np.zeros(self.num_envs), no, no)
@@ -113,17 +116,6 @@ class Envs:
             raise EnvError(f"{self.config.env_id} failed: {text}") from error
 
 
-@contextmanager
-def without_main_module():
-    """Else multiprocessing would import the main script, and with it torch, in each process."""
-    multiprocessing.set_forkserver_preload(["ale_py", "cv2", "gymnasium.vector"])
-    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
 def make_here(config: EnvConfig, registered, parent: int, index: int, seed: int) -> gym.Env:
     """The environment in its process; also in the parent, where Gymnasium only reads the spaces."""
     in_parent = os.getpid() == parent
@@ -139,6 +131,5 @@ def make_here(config: EnvConfig, registered, parent: int, index: int, seed: int)
 
 
 def leave_with_parent() -> None:
-    """End this process with the one that started it, however that ended."""
     multiprocessing.parent_process().join()
     os._exit(1)  # even from within an environment that hangs

@@ -25,7 +25,6 @@ def to_rgb(frames: np.ndarray) -> np.ndarray:
 
 
 def write(page: np.ndarray, text: str, x: int, y: int, colour: tuple = INK) -> None:
-    """Put `text` on an image, its baseline beginning at pixel (x, y)."""
     cv2.putText(page, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, 1, cv2.LINE_AA)
 
 
@@ -51,48 +50,44 @@ def panels(videos: dict[str, np.ndarray], context: int) -> list[np.ndarray]:
     return found
 
 
-def side_by_side(series: dict[str, np.ndarray], context: int) -> np.ndarray:
-    """(T, H', W', 3): the titled videos next to each other; of vectors their plot, with T = 1."""
-    if all(one.ndim == 4 for one in series.values()):
-        return np.concatenate(panels(series, context), axis=2)
-    return plot(series, context)[None]
+def draw(series: dict[str, np.ndarray], context: int, every: int = 1) -> tuple[np.ndarray, ...]:
+    """Titled videos side by side (T, H', W', 3), and rows of their every-th frames (H'', W'', 3).
 
-
-def strip(series: dict[str, np.ndarray], context: int, every: int) -> np.ndarray:
-    """(H', W', 3): each of the titled videos is a row of its every-th frames; vectors: a plot."""
-    if all(one.ndim == 4 for one in series.values()):
-        return np.concatenate([np.concatenate(video[::every], axis=1)
-                               for video in panels(series, context)])
-    return plot(series, context)
+    Of vector series (T, V), both show one plot of all T.
+    """
+    if any(one.ndim == 2 for one in series.values()):
+        return plot(series, context)[None], plot(series, context)
+    videos = panels(series, context)
+    rows = [np.concatenate(video[::every], axis=1) for video in videos]
+    return np.concatenate(videos, axis=2), np.concatenate(rows)
 
 
 def plot(series: dict[str, np.ndarray], context: int) -> np.ndarray:
-    """Draw the first and the last of the titled vector series (T, V): (H', W', 3).
+    """Draw the first, the truth, and the last of titled vector series (T, V): (H', W', 3).
 
-    Each of the first 8 numbers has a lane, which is as high as the values of the first series, the
-    truth. The second one, the model's, is shown the observations up to the vertical line.
+    Each of the first 8 numbers has a lane, as high as the truth. At the vertical line the dream
+    begins: from there on, the model is not shown the truth.
     """
-    (title, truth), (other, model) = [*series.items()][0], [*series.items()][-1]
-    length, lanes = len(truth), min(truth.shape[1], LANES)
-    page = np.full((30 + lanes * HIGH + 30, LEFT + WIDE + 20, 3), PAPER, np.uint8)
-    x = LEFT + np.arange(length) * WIDE // max(1, length - 1)
-    write(page, title, LEFT, 20, TRUTH)
-    write(page, other, LEFT + 150, 20, IMAGINED)
-    begin = int(x[min(context, length - 1)])
-    cv2.line(page, (begin, 30), (begin, 30 + lanes * HIGH), OTHER, 1)
-    for t in range(0, length, 10):
-        write(page, f"timestep {t}" if t == 0 else f"{t}", int(x[t]), 46 + lanes * HIGH)
-    for lane in range(lanes):
+    (title, truth), *_, (other, model) = series.items()
+    lanes = min(truth.shape[1], LANES)
+    bottom, x = 30 + lanes * HIGH, LEFT + np.arange(len(truth)) * WIDE // max(1, len(truth) - 1)
+    page = np.full((bottom + 30, LEFT + WIDE + 20, 3), PAPER, np.uint8)
+    begin = int(x[min(context, len(x) - 1)])
+    cv2.line(page, (begin, 24), (begin, bottom), SEEN, 1)
+    for text, left, colour in ((title, 6, TRUTH), (other, LEFT - 50, IMAGINED),
+                               ("the dream begins", begin, SEEN)):
+        write(page, text, left, 18, colour)
+    for t in range(0, len(truth), 10):
+        write(page, f"timestep {t}" if t == 0 else f"{t}", int(x[t]), bottom + 16)
+    for lane, top in enumerate(range(30, bottom, HIGH)):
         low, high = truth[:, lane].min(), truth[:, lane].max()
-        span = high - low if high - low > 1e-6 else 1.0  # rounding errors must not fill the lane
-        top = 30 + lane * HIGH
         cv2.line(page, (LEFT, top + HIGH), (LEFT + WIDE, top + HIGH), OTHER, 1)
-        write(page, f"number {lane + 1}", 6, top + HIGH // 2)
-        write(page, f"{high:.3g}", LEFT - 70, top + 14)
-        write(page, f"{low:.3g}", LEFT - 70, top + HIGH - 6)
+        for text, left, y in ((f"number {lane + 1}", 6, HIGH // 2), (f"{high:.3g}", LEFT - 70, 14),
+                              (f"{low:.3g}", LEFT - 70, HIGH - 6)):
+            write(page, text, left, top + y)
         for values, colour in ((truth, TRUTH), (model, IMAGINED)):
-            height = np.nan_to_num((values[:, lane] - low) / span, nan=0).clip(-0.1, 1.1)
-            y = top + HIGH - 10 - height * (HIGH - 20)
+            height = (values[:, lane] - low) / max(high - low, 1e-6)
+            y = top + HIGH - 10 - np.nan_to_num(height).clip(-0.1, 1.1) * (HIGH - 20)
             points = np.stack([x, y], -1).round().astype(np.int32)
             cv2.polylines(page, [points], False, colour, 1, cv2.LINE_AA)
     return page
