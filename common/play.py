@@ -106,6 +106,7 @@ class Keyboard:
 
     def __init__(self, args, agent):
         import pygame
+        pygame.init()
         if not agent.spec.image_shape:
             raise UserError("a dream of numbers cannot be played; train with --pixels")
         env = make_env(args.env_config).unwrapped

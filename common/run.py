@@ -131,6 +131,7 @@ class Run:
         if self.device.type == "cpu" or to_log:  # a GPU would be waited for
             values = to_numbers(metrics, agent.updates)
         if to_log:
+            values["charts/frames"] = self.step * args.action_repeat
             log.scalars(values | log.speeds(self.step, agent.updates), self.step)
         if to_film:
             self.log_video()
