@@ -805,11 +805,6 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_:
     return torch.stack(returns[::-1])
 
 
-def explained_variance(value: Tensor, ret: Tensor) -> Tensor:
-    """Share of the variance of the returns (H, N) that the critic's values account for: 1 is all."""
-    return 1 - (ret - value).var() / ret.var().clamp(min=1e-8)
-
-
 def actor_loss(ret: Tensor, weight: Tensor) -> Tensor:
     """Loss of the actor as a scalar. Eq. 7:
         L = -mean w_t V_t
@@ -933,7 +928,7 @@ class Agent(nn.Module):
             alive = (~batch.is_terminal[:-1]).float().view(1, -1)  # (1, N)
         weight = torch.cat([alive, discount[:-1]]).cumprod(0).detach()  # (G, N) [V1-5]
         ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (G, N) [V1-3]
-        metrics["imagined/explained_variance"] = explained_variance(value[:-1], ret)
+        metrics["imagined/explained_variance"] = 1 - (ret - value[:-1]).var() / ret.var().clamp(1e-8)
 
         # Actor and critic
         loss_actor = actor_loss(ret, weight)

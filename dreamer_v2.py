@@ -894,11 +894,6 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_:
     return torch.stack(returns[::-1])
 
 
-def explained_variance(value: Tensor, ret: Tensor) -> Tensor:
-    """Share of the variance of the returns (H, N) that the critic's values account for: 1 is all."""
-    return 1 - (ret - value).var() / ret.var().clamp(min=1e-8)
-
-
 def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline: Tensor,
                weight: Tensor, dynamics: float, args: Args) -> tuple[Tensor, Tensor]:
     """Loss of the actor as a scalar, and the policy's entropy (G, N). Eq. 6:
@@ -1037,7 +1032,8 @@ class Agent(nn.Module):
         ones = torch.ones_like(discount[:1])  # (1, N)
         weight = torch.cat([ones, discount[:-1]]).cumprod(0).detach()  # (H, N) [V1-5]
         ret = lambda_return(reward, discount, slow_value[1:], args.return_lambda)  # (H, N) [V1-3]
-        metrics["imagined/explained_variance"] = explained_variance(value_dist.mean(), ret)
+        unexplained = (ret - value_dist.mean()).var() / ret.var().clamp(1e-8)
+        metrics["imagined/explained_variance"] = 1 - unexplained
 
         # Actor and critic. a_t is judged by the return of the state that it leads to, ret[t+1]
         policy, chosen, baseline = self.actor.policy(raw[:-1]), action[:-1], slow_value[:-2]

@@ -938,11 +938,6 @@ def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_:
     return torch.stack(returns[::-1])
 
 
-def explained_variance(value: Tensor, ret: Tensor) -> Tensor:
-    """Share of the variance of the returns (H, N) that the critic's values account for: 1 is all."""
-    return 1 - (ret - value).var() / ret.var().clamp(min=1e-8)
-
-
 def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline: Tensor,
                scale: Tensor, weight: Tensor, dynamics: bool,
                args: Args) -> tuple[Tensor, Tensor]:
@@ -1074,7 +1069,7 @@ class Agent(nn.Module):
         weight = torch.cat([alive[None], discount[:-1]]).cumprod(0)  # (H, N) [V1-5]
         ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (H, N) [V1-3] [V3-6]
         scale = metrics["imagined/return_scale"] = self.return_scale.update(ret)
-        metrics["imagined/explained_variance"] = explained_variance(value[:-1], ret)
+        metrics["imagined/explained_variance"] = 1 - (ret - value[:-1]).var() / ret.var().clamp(1e-8)
 
         # Actor and critic
         loss_actor, entropy = actor_loss(self.actor.policy(raw), action, ret, value[:-1], scale,

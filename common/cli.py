@@ -31,7 +31,7 @@ class RunArgs:
     seed: int = 1  # Seed of everything random
     torch_deterministic: bool = True  # Ask cuDNN for deterministic kernels
     cuda: bool = True  # Use the GPU if there is one
-    threads: int = 1  # CPU threads (0: torch's choice); more help large networks if nothing else runs
+    threads: int = 1  # CPU threads (0: torch's choice); a quiet machine may have more
     amp: Literal["auto", "on", "off"] = "auto"  # bfloat16; auto: where native, from 256 units on
     compile: bool = False  # torch.compile the networks
     cuda_graph: bool = False  # On a GPU: launch each update as one CUDA graph
