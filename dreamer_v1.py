@@ -928,7 +928,7 @@ class Agent(nn.Module):
             alive = (~batch.is_terminal[:-1]).float().view(1, -1)  # (1, N)
         weight = torch.cat([alive, discount[:-1]]).cumprod(0).detach()  # (G, N) [V1-5]
         ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (G, N) [V1-3]
-        metrics["imagined/explained_variance"] = 1 - (ret - value[:-1]).var() / ret.var().clamp(1e-8)
+        metrics["imagined/explained"] = 1 - (ret - value[:-1]).var() / ret.var().clamp(1e-8)
 
         # Actor and critic
         loss_actor = actor_loss(ret, weight)

@@ -1033,7 +1033,7 @@ class Agent(nn.Module):
         weight = torch.cat([ones, discount[:-1]]).cumprod(0).detach()  # (H, N) [V1-5]
         ret = lambda_return(reward, discount, slow_value[1:], args.return_lambda)  # (H, N) [V1-3]
         unexplained = (ret - value_dist.mean()).var() / ret.var().clamp(1e-8)
-        metrics["imagined/explained_variance"] = 1 - unexplained
+        metrics["imagined/explained"] = 1 - unexplained
 
         # Actor and critic. a_t is judged by the return of the state that it leads to, ret[t+1]
         policy, chosen, baseline = self.actor.policy(raw[:-1]), action[:-1], slow_value[:-2]

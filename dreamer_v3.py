@@ -1069,7 +1069,7 @@ class Agent(nn.Module):
         weight = torch.cat([alive[None], discount[:-1]]).cumprod(0)  # (H, N) [V1-5]
         ret = lambda_return(reward, discount, value[1:], args.return_lambda)  # (H, N) [V1-3] [V3-6]
         scale = metrics["imagined/return_scale"] = self.return_scale.update(ret)
-        metrics["imagined/explained_variance"] = 1 - (ret - value[:-1]).var() / ret.var().clamp(1e-8)
+        metrics["imagined/explained"] = 1 - (ret - value[:-1]).var() / ret.var().clamp(1e-8)
 
         # Actor and critic
         loss_actor, entropy = actor_loss(self.actor.policy(raw), action, ret, value[:-1], scale,
