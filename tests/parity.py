@@ -281,7 +281,6 @@ class Twin:
     script: ModuleType
     init = "init/"  # where the weights stand
     aligned = False  # whether their action is the one chosen AT an observation, as in ours
-    fixed: dict[str, object] = {}  # settings that ours has no choice about
     rename: list[tuple[str, str]] = []  # their name of a parameter -> ours
     swapped = flipped = "$^"  # kernels that read [stoch, deter], ours [deter, stoch]; see `places`
     vector_out = "$^"  # the decoder's output layer of one vector
@@ -300,7 +299,6 @@ class Twin:
         self.columns = {key: slice(*stops[i:i + 2]) for i, key in enumerate(self.vectors)}
         self.rows, self.length = fixture["batch1/reward"].shape
         self.spec = self.env_spec(stops[-1])
-        self.announce_settings()
         try:
             self.args = self.make_args()
         except self.script.UserError as why:
@@ -332,13 +330,6 @@ class Twin:
         meta = self.fixture.meta
         discrete = meta["action_discrete" if "action_discrete" in meta else "discrete"]
         return EnvSpec(image, vector_dim, meta["action_dim"], discrete)
-
-    def announce_settings(self) -> None:
-        """Say which settings we cannot have: should the numbers differ, that is why."""
-        for pattern, want in self.fixed.items():
-            for key, value in self.config.items():
-                if re.fullmatch(pattern, key) and value != want:
-                    self.report.say(f"note: setting {key} = {value}; ours is always {want}")
 
     # ------------------------------------------------------------------------------------------- networks
     def sized_networks(self) -> list[tuple[object, str, object]]:

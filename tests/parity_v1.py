@@ -14,6 +14,7 @@ from common.envs import EnvSpec
 from tests import parity
 from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient, patched,
                           recorder, shipped_losses)
+from tests.tiny import plain_args
 
 IGNORED = {
     "step1/reward_preprocessed": "what is made of it is compared as reward_logprob",
@@ -36,8 +37,6 @@ class Twin(parity.Twin):
     """Our agent with the sizes, settings and weights of a fixture."""
 
     script = d1
-    fixed = {r"dense_act": "elu", r"cnn_act": "relu", r"weight_decay": 0.0, r"precision": 32,
-             r"eval_noise": 0.0}
     swapped = r"^(decode/h1|(reward|pcont|value|actor)/h0)/kernel$"
     rename = [
         (r"^value/", "critic/head/"), (r"^actor/", "actor/head/"), (r"^reward/", "world_model/reward_head/"),
@@ -58,8 +57,8 @@ class Twin(parity.Twin):
             raise Mismatch(f"action_dist {c['action_dist']}; ours follows from the kind of actions")
         learning = {f"{ours}_{key}": value for ours, theirs in self.theirs.items()
                     for key, value in (("lr", c[f"{theirs}_lr"]), ("eps", 1e-7), ("clip", c["grad_clip"]))}
-        return d1.Args(
-            size="XXS", amp="off", seed=0, batch_size=self.rows, batch_length=self.length,
+        return plain_args(
+            d1, batch_size=self.rows, batch_length=self.length,
             deter=c["deter_size"], hidden=c["deter_size"], stoch=c["stoch_size"], units=c["num_units"],
             reward_layers=self.layers("reward"), critic_layers=self.layers("value"),
             pcont_layers=self.layers("pcont"), actor_layers=self.layers("actor"), depth=c["cnn_depth"],
@@ -199,9 +198,9 @@ def check_math(report: Report, fixture: Fixture) -> None:
 
 
 def flags(**given) -> d1.Args:
-    return d1.Args(**({"size": "XXS", "pcont": False, "kl_scale": 1.0, "free_nats": 3.0,
-                       "clip_rewards": "none", "return_lambda": 0.95, "actor_min_std": 1e-4,
-                       "amp": "off"} | given))
+    return plain_args(d1, **{"pcont": False, "kl_scale": 1.0, "free_nats": 3.0,
+                             "clip_rewards": "none", "return_lambda": 0.95,
+                             "actor_min_std": 1e-4} | given)
 
 
 def math_returns(report: Report, fixture: Fixture, prefix: str) -> None:

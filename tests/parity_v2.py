@@ -16,6 +16,7 @@ from common.envs import EnvSpec
 from tests import parity
 from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient, patched,
                           per_step, recorder, shipped_losses)
+from tests.tiny import plain_args
 
 IGNORED = {
     "batch*/is_last": "the algorithm does not use it",
@@ -47,14 +48,6 @@ class Twin(parity.Twin):
     """Our agent with the sizes, settings and weights of a fixture."""
 
     script = d2
-    fixed = {
-        r".*\.act": "elu", r"rssm\.ensemble": 1, r"reward_head\.dist|critic\.dist": "mse",
-        r"discount_head\.dist": "binary", r"actor\.dist": "auto", r"encoder\.cnn_kernels": [4, 4, 4, 4],
-        r"decoder\.cnn_kernels": [5, 5, 6, 6], r"kl\.forward": False, r"kl\.free_avg": True,
-        r"(model|actor|critic)_opt\.opt": "adam", r"slow_target": True, r"reward_norm\.momentum": 1.0,
-        r"reward_norm\.scale": 1.0, r"precision": 32, r"expl_behavior": "greedy", r"expl_noise": 0.0,
-        r"eval_noise": 0.0, r"eval_state_mean": False,
-    }
     swapped = (r"^(decoder/(convin|dense0)|(reward|discount|actor|critic|target_critic)/dense0"
                r"|rssm/gru/dense)/kernel$")
     vector_out = r"^decoder/dense_(.*)/out/"
@@ -73,9 +66,6 @@ class Twin(parity.Twin):
         (r"/dense(\d+)/", r"/mlp/\1/"), (r"/out/out/", "/out/"), (r"/(kernel|gamma)$", "/weight"),
         (r"/beta$", "/bias"), (r"/", "."),
     ]
-    sized_classes = {"Encoder": "encoder", "Decoder": "decoder", "Actor": "actor", "Critic": "critic"}
-    sized_heads = {"reward_head": "reward_head", "cont_head": "discount_head"}
-
     def sized_networks(self) -> list[tuple[object, str, object]]:
         """With layer norms, if they have some, which is a setting that our script leaves out."""
         norms = {value for key, value in self.config.items() if key.endswith(".norm") and "expl" not in key}
@@ -85,13 +75,12 @@ class Twin(parity.Twin):
 
     def make_args(self) -> d2.Args:
         c = self.config
-        pcont, heads = c["pred_discount"], ["decoder", "reward"] + ["discount"] * c["pred_discount"]
-        if sorted(c["grad_heads"]) != sorted(heads):
-            raise Mismatch(f"grad_heads {c['grad_heads']}; ours are always {heads}")
-        return d2.Args(
-            size="XXS", amp="off", seed=0, batch_size=self.rows, batch_length=self.length,
+        pcont, mlp = c["pred_discount"], c["encoder.mlp_layers"]
+        return plain_args(
+            d2, batch_size=self.rows, batch_length=self.length,
             deter=c["rssm.deter"], hidden=c["rssm.hidden"], stoch=c["rssm.stoch"],
-            classes=c["rssm.discrete"], kl_scale=c["loss_scales.kl"], kl_balance=c["kl.balance"],
+            units=c["actor.units"], layers=c["actor.layers"], depth=c["encoder.cnn_depth"],
+            mlp_units=mlp[0], mlp_layers=len(mlp), classes=c["rssm.discrete"], kl_scale=c["loss_scales.kl"], kl_balance=c["kl.balance"],
             free_nats=c["kl.free"], pcont=pcont, pcont_scale=c["loss_scales.discount"],
             clip_rewards={"identity": "none"}.get(c["clip_rewards"], c["clip_rewards"]),
             imag_horizon=c["imag_horizon"], gamma=c["discount"], return_lambda=c["discount_lambda"],
@@ -100,16 +89,6 @@ class Twin(parity.Twin):
             slow_every=c["slow_target_update"], slow_fraction=c["slow_target_fraction"],
             **{f"{ours}_{key}": c[f"{ours}_opt.{key}"]
                for ours in ("model", "actor", "critic") for key in ("lr", "eps", "clip")})
-
-    def sized(self, network: str) -> d2.Args:
-        c, changes = self.config, {}
-        for ours, key in (("units", "units"), ("layers", "layers"), ("depth", "cnn_depth")):
-            changes[ours] = c.get(f"{network}.{key}")
-        if widths := c.get(f"{network}.mlp_layers"):
-            if len(set(widths)) > 1:
-                raise Mismatch(f"{network}.mlp_layers are {widths}; ours have all the same width")
-            changes |= {"mlp_units": widths[0], "mlp_layers": len(widths)}
-        return replace(self.args, **{k: v for k, v in changes.items() if v is not None})
 
     def loss_scales(self) -> dict[str, float]:
         """What is left of the scales after our flags; theirs of a reconstruction go by its name."""
@@ -302,8 +281,7 @@ def check_math(report: Report, fixture: Fixture) -> None:
 
 
 def flags(**given) -> d2.Args:
-    args = d2.Args(**({"size": "XXS", "return_lambda": 0.95, "actor_min_std": 0.1} | given))
-    return replace(args, **{key: x for key, x in d2.TASKS["discrete"].items() if getattr(args, key) is None})
+    return plain_args(d2, **{"return_lambda": 0.95, "actor_min_std": 0.1} | given)
 
 
 def math_kl(report: Report, fixture: Fixture, prefix: str) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 import dreamer_v3 as d3
 from common.envs import EnvSpec
 from tests import parity
-from tests.parity import Fixture, Report, batch_major, compare, gradient, per_step, recorder, shipped_losses
+from tests.parity import (Fixture, Report, batch_major, compare, gradient, per_step, recorder,
+                          shipped_losses)
+from tests.tiny import plain_args
 
 IGNORED = {
     "meta/*": "settings; those that matter are read",
@@ -36,17 +38,6 @@ class Twin(parity.Twin):
     """Our agent with the sizes, settings and weights of a fixture."""
 
     script, init, aligned = d3, "params_init/", True
-    fixed = {
-        r".*\.act": "silu", r".*\.norm": "layer", r".*\.outnorm": False, r".*\.inputs": ["deter", "stoch"],
-        r"encoder\.symlog_inputs": True, r"(actor|critic)\.symlog_inputs": False, r".*\.minres": 4,
-        r".*\.(cnn_blocks|warmup|wd|lateclip)": 0, r".*\.resize": "stride", r".*\.cnn": "resnet",
-        r".*\.cnn_sigmoid": False, r".*\.image_dist": "mse", r".*\.vector_dist": "symlog_mse",
-        r"(reward_head|critic)\.dist": "symlog_disc", r"cont_head\.dist": "binary",
-        r"actor_dist_cont": "normal", r"actor_dist_disc": "onehot", r"actor_grad_cont": "backprop",
-        r"actor_grad_disc": "reinforce", r".*_opt\.opt": "adam", r"critic_slowreg": "logprob",
-        r"slow_critic_update": 1, r"retnorm\.impl": "perc_ema", r"(dyn|rep)_loss\.impl": "kl",
-        r"grad_heads": ["decoder", "reward", "cont"], r"rssm\.initial": "learned", r"rssm\.action_clip": 1.0,
-    }
     rename = [
         (r"^agent/task_behavior/ac/actor/(dist_out/out|h\d+)/", r"actor/head/\1/"),
         (r"^agent/task_behavior/ac/actor/dist_out/std/", "actor/std/"),
@@ -63,17 +54,17 @@ class Twin(parity.Twin):
         (r"/(kernel|scale)$", "/weight"), (r"/", "."),
     ]
     flipped, vector_out = r"/dec/cnn/s\d+res/kernel$", r"/dec/mlp/dist_(.*)/out/"
-    sized_classes = {"Encoder": "encoder", "Decoder": "decoder", "Actor": "actor", "Critic": "critic"}
-    sized_heads = {"reward_head": "reward_head", "cont_head": "cont_head"}
+    sized_classes = {"Encoder": "encoder", "Decoder": "decoder"}
 
     def observations(self) -> dict[str, tuple[int, ...]]:
         return {key: tuple(self.fixture.meta["obs"][key][0]) for key in self.fixture.meta["obs_order"]}
 
     def make_args(self) -> d3.Args:
         c, scales = self.config, self.predictions()
-        return d3.Args(
-            size="XS", amp="off", seed=0, image_size=(self.spec.image_shape or (64,))[0],
+        return plain_args(
+            d3, image_size=(self.spec.image_shape or (64,))[0],
             batch_size=self.rows, batch_length=self.length, imag_horizon=c["imag_horizon"],
+            units=c["actor.units"], layers=c["actor.layers"], bins=c["critic.bins"],
             deter=c["rssm.deter"], hidden=c["rssm.units"], stoch=c["rssm.stoch"],
             classes=c["rssm.classes"], unimix=c["rssm.unimix"],
             beta_pred=scales["reward"] if len(set(scales.values())) == 1 else 1.0,
@@ -98,9 +89,9 @@ class Twin(parity.Twin):
         return {name: scale / self.args.beta_pred for name, scale in self.predictions().items()}
 
     def sized(self, network: str) -> d3.Args:
-        own = ("units", "layers", "mlp_units", "mlp_layers", "cnn_depth", "bins", "unimix")
-        changes = {name.removeprefix("cnn_"): self.config.get(f"{network}.{name}") for name in own}
-        return replace(self.args, **{k: v for k, v in changes.items() if v is not None})
+        own = ("mlp_units", "mlp_layers", "cnn_depth")
+        return replace(self.args, **{name.removeprefix("cnn_"): self.config[f"{network}.{name}"]
+                                     for name in own})
 
     def load_weights(self) -> None:
         """The return scale is no parameter."""
@@ -373,7 +364,7 @@ def math_kl(report: Report, fixture: Fixture) -> None:
     """Both KL losses and where their gradients go."""
     meta, raw = fixture.meta, [fixture.leaf(f"klloss/raw_{side}") for side in ("post", "prior")]
     post, prior = (d3.Latent(x.flatten(-2), meta["stoch"], meta["unimix"]) for x in raw)
-    args = d3.Args(size="XS", free_bits=meta["free_nats"], beta_dyn=1.0, beta_rep=1.0)
+    args = plain_args(d3, free_bits=meta["free_nats"], beta_dyn=1.0, beta_rep=1.0)
     losses = shipped_losses(d3, args, raw[0].shape[:-2], post, prior)
     total = (meta["dyn_scale"] * losses["dyn"] + meta["rep_scale"] * losses["rep"]).mean()
     compare(report, fixture, "klloss/", {"dyn": losses["dyn"], "rep": losses["rep"], "total_mean": total,
@@ -392,8 +383,8 @@ def math_returns(report: Report, fixture: Fixture) -> None:
 def math_return_scale(report: Report, fixture: Fixture) -> None:
     """Successive updates of the return scale."""
     meta = fixture.meta["retnorm"]
-    scale = d3.ReturnScale(d3.Args(
-        size="XS", return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
+    scale = d3.ReturnScale(plain_args(
+        d3, return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
         return_norm_limit=1 / meta["max"], return_norm_decay=meta["decay"]))
     found = {"low_state": [], "high_state": [], "invscale": [], "offset": []}
     for ret in fixture.tensor("moments/x"):
@@ -405,8 +396,9 @@ def math_return_scale(report: Report, fixture: Fixture) -> None:
 
 def actor(fixture: Fixture, actions: int, discrete: bool) -> d3.Actor:
     """An actor with the fixture's settings; its network is not used."""
-    args = d3.Args(size="XS", unimix=fixture.meta["unimix"], actor_min_std=fixture.meta["actor_minstd"],
-                   actor_max_std=fixture.meta["actor_maxstd"])
+    meta = fixture.meta
+    args = plain_args(d3, unimix=meta["unimix"], actor_min_std=meta["actor_minstd"],
+                      actor_max_std=meta["actor_maxstd"])
     return d3.Actor(args, EnvSpec(None, 1, actions, discrete), 1)
 
 
@@ -435,7 +427,7 @@ def math_actor_one_hot(report: Report, fixture: Fixture) -> None:
 
 def math_predictions(report: Report, fixture: Fixture) -> None:
     """Vector, image and continue loss, as `world_model_loss` computes them."""
-    args = d3.Args(size="XS", beta_pred=1.0)
+    args = plain_args(d3, beta_pred=1.0)
     pred, target = fixture.leaf("symlog_mse/pred"), fixture.tensor("symlog_mse/target")
     log_prob = -shipped_losses(d3, args, pred.shape[:1], vector=target, predicted=pred)["vector"]
     compare(report, fixture, "symlog_mse/", {"log_prob": log_prob, "mode": d3.symexp(pred)},
@@ -457,7 +449,7 @@ def math_layers(report: Report, fixture: Fixture) -> None:
         norm.weight.data = fixture.tensor(f"{prefix}norm_scale")
         norm.bias.data = fixture.tensor(f"{prefix}norm_bias")
 
-    args = d3.Args(size="XS", image_size=8, depth=5)
+    args = plain_args(d3, image_size=8, depth=5)
     dense = d3.Dense(6, 5)
     fill(dense, dense.norm, "layer_linear/", (1, 0))
     compare(report, fixture, "layer_linear/", {"y": dense(fixture.tensor("layer_linear/x"))})

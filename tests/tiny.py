@@ -17,12 +17,12 @@ PLAIN = dict(
     grayscale=False, sticky=0.0, clip_rewards="none", pcont=True, pcont_scale=3.0, model_lr=5e-4,
     actor_lr=2e-4, critic_lr=4e-4, model_eps=2e-6, actor_eps=2e-6, critic_eps=2e-6,
     model_clip=50.0, actor_clip=50.0, critic_clip=50.0, kl_scale=0.3, kl_balance=0.75,
-    free_nats=0.0, weight_decay=3e-6, unimix=0.01, beta_pred=1.0, beta_dyn=0.5, beta_rep=0.1,
-    free_bits=1.0, imag_horizon=4, gamma=0.95, return_lambda=0.9, actor_min_std=0.1,
-    actor_max_std=1.0, actor_init_std=5.0, actor_entropy=1e-3, actor_grad="auto",
-    actor_grad_mix=0.2, slow_every=100, slow_fraction=1.0, cont_mean=False, critic_ema_decay=0.98,
-    critic_ema_regularizer=1.0, return_norm_low=5.0, return_norm_high=95.0, return_norm_limit=1.0,
-    return_norm_decay=0.99, expl_amount=0.3, expl_min=0.0, expl_decay=0.0, amp="off", cuda=False)
+    free_nats=0.0, weight_decay=3e-6, unimix=0.02, beta_pred=0.9, beta_dyn=0.6, beta_rep=0.2,
+    free_bits=0.9, imag_horizon=6, gamma=0.95, return_lambda=0.9, actor_min_std=0.12,
+    actor_max_std=1.1, actor_init_std=4.0, actor_entropy=1e-3, actor_grad="auto",
+    actor_grad_mix=0.2, slow_every=99, slow_fraction=0.9, cont_mean=False, critic_ema_decay=0.97,
+    critic_ema_regularizer=0.9, return_norm_low=6.0, return_norm_high=94.0, return_norm_limit=0.9,
+    return_norm_decay=0.98, expl_amount=0.2, expl_min=0.0, expl_decay=0.0, amp="off", cuda=False)
 
 
 def has_flag(module, name: str) -> bool:
