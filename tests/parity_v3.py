@@ -33,7 +33,7 @@ def tolerance(fixture: Fixture) -> dict[str, float]:
     return {"forward": 2e-5, "gradient": 1e-4, "parameter": 1e-5, "exact": 0.0}
 
 
-# ---------------------------------------------------------------------------------- an agent like theirs
+# ----------------------------------------------------------------------------- an agent like theirs
 class Twin(parity.Twin):
     """Our agent with the sizes, settings and weights of a fixture."""
 
@@ -42,7 +42,8 @@ class Twin(parity.Twin):
         (r"^agent/task_behavior/ac/actor/(dist_out/out|h\d+)/", r"actor/head/\1/"),
         (r"^agent/task_behavior/ac/actor/dist_out/std/", "actor/std/"),
         (r"^agent/task_behavior/critic/net/", "critic/head/"),
-        (r"^agent/task_behavior/critic/slow/", "slow_critic/head/"), (r"^agent/wm/", "world_model/"),
+        (r"^agent/task_behavior/critic/slow/", "slow_critic/head/"),
+        (r"^agent/wm/", "world_model/"),
         (r"/enc/", "/encoder/"), (r"/dec/", "/decoder/"), (r"/rew/", "/reward_head/"),
         (r"/cont/", "/cont_head/"), (r"/cnn/in/", "/cnn_in/"),
         (r"/cnn/s(\d+)res/norm/", lambda m: f"/cnn/{3 * int(m[1]) + 1}/"),
@@ -57,7 +58,8 @@ class Twin(parity.Twin):
     sized_classes = {"Encoder": "encoder", "Decoder": "decoder"}
 
     def observations(self) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(self.fixture.meta["obs"][key][0]) for key in self.fixture.meta["obs_order"]}
+        return {key: tuple(self.fixture.meta["obs"][key][0])
+                for key in self.fixture.meta["obs_order"]}
 
     def make_args(self) -> d3.Args:
         c, scales = self.config, self.predictions()
@@ -106,12 +108,13 @@ class Twin(parity.Twin):
                         self.fixture.tensor(prefix + "latent/stoch").flatten(-2),
                         self.fixture.tensor(prefix + "action"))
 
-    # ---------------------------------------------------------- loss scales that are one flag in ours
+    # -------------------------------------------------------- loss scales that are one flag in ours
     def scaled_model(self, result, call):
         """World model, and the free bits of the representation loss."""
         if self.config["rep_loss.free"] != self.args.free_bits:
             other = replace(self.args, free_bits=self.config["rep_loss.free"])
-            result[0]["rep"] = self.shipped_loss(call.model, call.batch, call.carry, other)[0]["rep"]
+            result[0]["rep"] = self.shipped_loss(call.model, call.batch, call.carry,
+                                                 other)[0]["rep"]
         result = super().scaled_model(result, call)
         call.parts = self.term_gradients(call.scaled)
         return result
@@ -125,7 +128,7 @@ class Twin(parity.Twin):
         return call.scaled
 
     def term_gradients(self, losses: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Gradients of the mean of each world-model loss term, for the parameters the fixture chose."""
+        """Gradients of the mean of each world-model loss term, as far as the fixture has them."""
         terms = {"dyn": ["dyn"], "rep": ["rep"], "reward": ["reward"], "cont": ["cont"],
                  "recon": ["image", "vector"]}
         found, params = {}, list(self.agent.world_model.parameters())
@@ -136,7 +139,7 @@ class Twin(parity.Twin):
                 found[term] = {path: every[path] for path in chosen}
         return found
 
-    # ------------------------------------------------------------------------------------ comparisons
+    # ---------------------------------------------------------------------------------- comparisons
     def check(self) -> None:
         """And what the optimisers hold at the end."""
         super().check()
@@ -145,7 +148,8 @@ class Twin(parity.Twin):
     def check_acting(self) -> None:
         """Online acting on the observations of batch 1, with the initial weights."""
         for t, _, state, latent in self.acted(self.fixture.numbered("policy/t")):
-            policy = self.agent.actor.policy(self.agent.actor(torch.cat([state.deter, state.stoch], -1)))
+            policy = self.agent.actor.policy(self.agent.actor(torch.cat([state.deter, state.stoch],
+                                                                        -1)))
             self.compare_all(f"policy/t{t}/", {
                 "action": state.action, "deter": state.deter, "stoch": self.groups(state.stoch),
                 "logit": latent.logits, "log_entropy": policy.entropy()})
@@ -156,7 +160,8 @@ class Twin(parity.Twin):
             before = self.probe(batch, carry)
         after = {"world_model_loss": self.scaled_model, "actor_loss": self.scaled_actor,
                  "critic_loss": self.scaled_critic}
-        call = self.recorded(batch, carry, after, lambda log: [recorder(log, d3.ReturnScale, "update")])
+        call = self.recorded(batch, carry, after, lambda log: [recorder(log, d3.ReturnScale,
+                                                                        "update")])
         self.check_world_model(n, call, before, batch)
         self.check_imagination(n, call, before)
         self.check_actor(n, call)
@@ -164,7 +169,7 @@ class Twin(parity.Twin):
         self.check_step(n, call)
 
     def probe(self, batch: d3.Batch, carry: d3.State) -> dict[str, Tensor]:
-        """What the world model computes on the way to its losses, asked of its modules: their names."""
+        """What the world model computes on the way to its losses, by their names."""
         model, rssm = self.agent.world_model, self.agent.world_model.rssm
         embed, deter, _, post, prior, feat = self.posterior(batch, carry)
         reward = model.reward(feat)
@@ -193,10 +198,12 @@ class Twin(parity.Twin):
         """Posterior, prior, heads, and every loss term."""
         fixture, prefix, args = self.fixture, f"step{n}/wm/", self.args
         losses, deter, stoch, _ = call.world_model_loss.result
-        ours = before | {"post_deter": batch_major(deter), "post_stoch": batch_major(self.groups(stoch))}
+        ours = before | {"post_deter": batch_major(deter),
+                         "post_stoch": batch_major(self.groups(stoch))}
         for name, value in ours.items():
             wide = name == "reward_mean" or name.startswith("recon_mode")  # outputs of symexp
-            self.compare(prefix + name, value, scale=value.abs().clamp(min=1).cpu().numpy() if wide else None)
+            self.compare(prefix + name, value, scale=value.abs().clamp(min=1).cpu().numpy() if wide
+                         else None)
 
         names = {"reward": ["reward"], "cont": ["cont"], "dyn": ["dyn"], "rep": ["rep"],
                  "image": self.images, "vector": self.vectors}
@@ -224,7 +231,8 @@ class Twin(parity.Twin):
         model, order, prefix = self.agent.world_model, self.start_order, f"step{n}/imag/"
         feat, action, _ = call.imagine.result
         deter, stoch = feat.split([self.args.deter, feat.shape[-1] - self.args.deter], -1)
-        returns, value, steps = call.lambda_return, self.value_all(call), slice(0, self.args.imag_horizon)
+        returns, value = call.lambda_return, self.value_all(call)
+        steps = slice(0, self.args.imag_horizon)
         self.compare_all(prefix, {name: order(x) for name, x in {
             "deter": deter, "stoch": self.groups(stoch), "reward": returns.reward,
             "ret": returns.result, "base": value[:-1], "value_all": value,
@@ -251,7 +259,8 @@ class Twin(parity.Twin):
         self.compare_all(f"retnorm_after{n}/", {"low": low, "high": high})
         scaled = args.weight * self.config["loss_scales.actor"]
         elements = scaled * per_step(d3.actor_loss, args)
-        normed_return, normed_base = ((x - low).detach() / args.scale for x in (args.ret, args.baseline))
+        normed_return, normed_base = ((x - low).detach() / args.scale
+                                      for x in (args.ret, args.baseline))
         self.compare_all(prefix, {name: order(x) for name, x in {
             "normed_return": normed_return, "normed_base": normed_base,
             "policy_logprob": args.policy.log_prob(args.action.detach()),
@@ -280,9 +289,12 @@ class Twin(parity.Twin):
         self.compare(f"step{n}/wm/model_loss", call.model.loss)
         for name, theirs in (("model", "wm"), ("actor", "actor"), ("critic", "critic")):
             self.check_gradients(f"step{n}/{theirs}/grad/", call, name)
-        theirs = {"grad_norm/model": "model_opt_grad_norm", "grad_norm/actor": "actor_opt_grad_norm",
-                  "grad_norm/critic": "extr_critic_critic_opt_grad_norm", "loss/model": "model_opt_loss",
-                  "loss/critic": "extr_critic_critic_opt_loss", "actor/entropy": "policy_entropy_mean",
+        theirs = {"grad_norm/model": "model_opt_grad_norm",
+                  "grad_norm/actor": "actor_opt_grad_norm",
+                  "grad_norm/critic": "extr_critic_critic_opt_grad_norm",
+                  "loss/model": "model_opt_loss",
+                  "loss/critic": "extr_critic_critic_opt_loss",
+                  "actor/entropy": "policy_entropy_mean",
                   "imagined/return": "extr_return_raw_mean", "imagined/reward": "extr_reward_mean",
                   "latent/post_entropy": "post_ent_mean", "latent/prior_entropy": "prior_ent_mean"}
         for ours, key in theirs.items():
@@ -293,7 +305,8 @@ class Twin(parity.Twin):
     def check_optimizers(self, after: str) -> None:
         """Adam's moments and the counters after the last update."""
         fixture, agent = self.fixture, self.agent
-        opts = {"model_opt": agent.model_opt, "actor_opt": agent.actor_opt, "critic_opt": agent.critic_opt}
+        opts = {"model_opt": agent.model_opt, "actor_opt": agent.actor_opt,
+                "critic_opt": agent.critic_opt}
         state = {param: values for opt in opts.values() for param, values in opt.adam.state.items()}
         for start, name in (("adam_mu", "exp_avg"), ("adam_nu", "exp_avg_sq")):
             if fixture.under(start + after):
@@ -302,12 +315,13 @@ class Twin(parity.Twin):
         for key in (prefix + key for prefix in ("adam_count" + after, "opt" + after)
                     for key in fixture.under(prefix)):
             opt = next(opt for name, opt in opts.items() if f"/{name}/" in key)
-            self.compare(key, np.max([float(values["step"]) for values in opt.adam.state.values()]), "exact")
+            self.compare(key, np.max([float(values["step"]) for values in opt.adam.state.values()]),
+                         "exact")
         for key in fixture.under("slow_updates" + after):
             self.compare("slow_updates" + after + key, agent.updates, "exact")
 
 
-# ---------------------------------------------------------------------------------------- single pieces
+# ------------------------------------------------------------------------------------ single pieces
 def check_math(report: Report, fixture: Fixture) -> None:
     """Every unit-level quantity of `v3_math.npz` that the fixture has."""
     checks = {"symlog": math_symlog, "discdist": math_two_hot, "onehot": math_one_hot,
@@ -357,7 +371,8 @@ def math_one_hot(report: Report, fixture: Fixture) -> None:
         "unimix_logit_p": p.logits, "unimix_logit_q": q.logits, "entropy_p": entropy,
         "log_prob_p": p.log_prob(fixture.tensor("onehot/value")).sum(-1), "sample_rule_p": sample,
         "mode_p": p.mode().unflatten(-1, (groups, -1)), "kl_p_q": p.kl(q), "kl_q_p": q.kl(p)},
-        {"st_grad_raw_p": gradient(weighted, raw_p)[0], "entropy_grad_raw_p": gradient(entropy, raw_p)[0]})
+        {"st_grad_raw_p": gradient(weighted, raw_p)[0], "entropy_grad_raw_p": gradient(entropy,
+                                                                                       raw_p)[0]})
 
 
 def math_kl(report: Report, fixture: Fixture) -> None:
@@ -367,7 +382,8 @@ def math_kl(report: Report, fixture: Fixture) -> None:
     args = plain_args(d3, free_bits=meta["free_nats"], beta_dyn=1.0, beta_rep=1.0)
     losses = shipped_losses(d3, args, raw[0].shape[:-2], post, prior)
     total = (meta["dyn_scale"] * losses["dyn"] + meta["rep_scale"] * losses["rep"]).mean()
-    compare(report, fixture, "klloss/", {"dyn": losses["dyn"], "rep": losses["rep"], "total_mean": total,
+    compare(report, fixture, "klloss/", {"dyn": losses["dyn"], "rep": losses["rep"],
+                                         "total_mean": total,
                                          "kl_before_free": post.kl(prior)},
             dict(zip(("grad_raw_post", "grad_raw_prior"), gradient(total, *raw))))
 
@@ -410,7 +426,8 @@ def math_gaussian(report: Report, fixture: Fixture) -> None:
     compare(report, fixture, "actor_normal/", {
         "mean": policy.mean, "std": policy.std, "log_prob": log_prob, "entropy": entropy,
         "mode": policy.mode(), "sample_rule": policy.sample()},
-        {"dlogprob_draw_mean": gradient(log_prob, mean)[0], "dlogprob_draw_std": gradient(log_prob, std)[0],
+        {"dlogprob_draw_mean": gradient(log_prob, mean)[0],
+         "dlogprob_draw_std": gradient(log_prob, std)[0],
          "dentropy_draw_std": gradient(entropy, std)[0]})
 
 
@@ -434,10 +451,12 @@ def math_predictions(report: Report, fixture: Fixture) -> None:
             {"dlogprob_dpred": gradient(log_prob, pred)[0]})
 
     pred, target = (fixture.tensor(f"mse_image/{key}") for key in ("pred", "target"))
-    found = shipped_losses(d3, args, pred.shape[:2], image=target * 255, predicted=pred - 0.5)["image"]
+    found = shipped_losses(d3, args, pred.shape[:2], image=target * 255,
+                           predicted=pred - 0.5)["image"]
     compare(report, fixture, "mse_image/", {"log_prob": -found})
 
-    flag, target = d3.Bernoulli(fixture.tensor("bernoulli/logit")), fixture.tensor("bernoulli/target")
+    flag = d3.Bernoulli(fixture.tensor("bernoulli/logit"))
+    target = fixture.tensor("bernoulli/target")
     found = shipped_losses(d3, args, target.shape, terminal=target < 0.5, cont=flag)["cont"]
     compare(report, fixture, "bernoulli/", {"log_prob": -found, "mode": flag.mode()})
 

@@ -28,7 +28,8 @@ FIXTURES = [(version, name) for version, names in {
     "v2": ["math", "atari", "dmc_vision", "dmc_proprio", "crafter_layernorm"],
     "v3": ["v3_math", "v3_discrete_image", "v3_continuous_vector"]}.items() for name in names]
 VECTOR, IMAGE = ("v3", "v3_continuous_vector"), ("v3", "v3_discrete_image")
-PROPRIO, ATARI, CONT, PCONT = ("v2", "dmc_proprio"), ("v2", "atari"), ("v1", "cont"), ("v1", "cont_pcont")
+PROPRIO, ATARI, CONT, PCONT = ("v2", "dmc_proprio"), ("v2", "atari"), ("v1", "cont"), ("v1",
+                                                                                       "cont_pcont")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def failures(version: str, given: Fixture) -> list[str]:
     return [name.split(": ", 1)[1] for name in report.failed]
 
 
-# ------------------------------------------------------------------------------------------------ it agrees
+# ---------------------------------------------------------------------------------------- it agrees
 @pytest.mark.parametrize("version, name", FIXTURES)
 def test_fixture_agrees(version, name):
     assert not failures(version, fixture(version, name))
@@ -65,7 +66,8 @@ def test_fixture_agrees(version, name):
 
 def test_every_fixture_is_tested():
     paths = GOLDEN.glob("*/*.npz")
-    assert {(path.parent.name, re.sub(parity.PARTS, "", path.stem)) for path in paths} == set(FIXTURES)
+    assert {(path.parent.name, re.sub(parity.PARTS, "", path.stem))
+            for path in paths} == set(FIXTURES)
 
 
 def test_command_line(tmp_path):
@@ -97,7 +99,7 @@ def test_slack_widens_every_tolerance(tmp_path, capsys):
     assert parity.main(["v1", str(tmp_path), "--slack", "1e-4"], quiet=True) == 1
 
 
-# --------------------------------------------------------------------------------- it notices wrong numbers
+# ------------------------------------------------------------------------- it notices wrong numbers
 def scaled(array):
     return array * np.where(np.arange(array.size) == 5, 1 + 1e-3, 1).reshape(array.shape)
 
@@ -114,7 +116,8 @@ NOTICED = [  # what is done to an array of a fixture, and what fails then
     ("v2", "dmc_proprio", GRADIENT, None, "grad/actor/"),
     ("v2", "dmc_proprio", "after1/actor/dense1/bias", lambda x: x + 3e-6,
      "after1/* (76 tensors, worst actor/dense1/bias)"),
-    ("v2", "dmc_proprio", "init/actor/dense9/bias", lambda _: np.zeros(3, np.float32), "dmc_proprio"),
+    ("v2", "dmc_proprio", "init/actor/dense9/bias", lambda _: np.zeros(3, np.float32),
+     "dmc_proprio"),
     ("v2", "dmc_proprio", "init/target_critic/dense0/bias", None, "dmc_proprio"),
     ("v2", "dmc_proprio", "init/critic/dense0/bias", lambda x: x[:-1], "dmc_proprio"),
 ]
@@ -140,7 +143,7 @@ def test_scales_of_errors():
         assert math.isnan(report.error(a * np.nan, b, "forward"))
 
 
-# ------------------------------------------------------------------------ it reads every setting of a fixture
+# -------------------------------------------------------------- it reads every setting of a fixture
 NO_MATTER = """action_repeat batch_size buffer_size env_id grayscale learning_starts num_envs pixels
     pretrain size sticky total_timesteps train_ratio""".split()
 EQUAL = {  # settings whose value here is that of the fixtures, too
@@ -160,7 +163,7 @@ def test_no_setting_is_left_at_the_value_of_tiny_agents(version):
     assert same <= {*NO_MATTER, *EQUAL[version]}
 
 
-# ------------------------------------------------------------------------------ it notices wrong algorithms
+# ---------------------------------------------------------------------- it notices wrong algorithms
 def with_args(owner, name, place=-1, **changes):
     """The shipped function, called with other `args`."""
     shipped = getattr(owner, name)
@@ -179,7 +182,8 @@ def given_other(owner, name, **changes):
 
     def call(*given):
         arguments = signature.bind(*given).arguments
-        return shipped(**arguments | {key: change(arguments[key]) for key, change in changes.items()})
+        return shipped(**arguments | {key: change(arguments[key])
+                                      for key, change in changes.items()})
     return owner, name, call
 
 
@@ -201,7 +205,8 @@ def models_step_first():
         found = grads(self, *given, **named)
         self.norm = apply(self, found)
         return found
-    return [(d1.Optimizer, "grads", apply_at_once), (d1.Optimizer, "apply", lambda self, _: self.norm)]
+    return [(d1.Optimizer, "grads", apply_at_once), (d1.Optimizer, "apply", lambda self,
+                                                     _: self.norm)]
 
 
 def gru_without_update_bias(d):
@@ -215,7 +220,8 @@ def clip_each_tensor_by_itself(d):
     shipped = d.Optimizer.apply
 
     def apply(self, grads):
-        shipped(self, tuple(grad * (self.clip / grad.norm().clamp(min=self.clip)) for grad in grads))
+        shipped(self, tuple(grad * (self.clip / grad.norm().clamp(min=self.clip))
+                            for grad in grads))
         return torch.nn.utils.get_total_norm(grads)
     return [(d.Optimizer, "apply", apply)]
 
@@ -245,8 +251,10 @@ WRONG = {  # what is wrong: patches, the fixture, one comparison that must fail,
                   VECTOR, "step1/imag/ret", "step1/imag/reward"),
     "v3 no unimix": (lambda: [changed_init(d3.OneHot, probs=lambda self: self.raw.softmax(-1))],
                      VECTOR, "step1/wm/post_logit", "step1/wm/embed"),
-    "v3 GRU": (lambda: gru_without_update_bias(d3), VECTOR, "step1/wm/post_deter", "step1/wm/embed"),
-    "v3 clipping": (lambda: clip_each_tensor_by_itself(d3), VECTOR, "params_after1/", "step1/wm/grad/"),
+    "v3 GRU": (lambda: gru_without_update_bias(d3), VECTOR, "step1/wm/post_deter",
+               "step1/wm/embed"),
+    "v3 clipping": (lambda: clip_each_tensor_by_itself(d3), VECTOR, "params_after1/",
+                    "step1/wm/grad/"),
     "v3 no clipping": (lambda: [changed_init(d3.Optimizer, clip=lambda _: 1e9)],
                        VECTOR, "adam_mu_after3/", "step1/wm/grad/"),
     "v3 clipped actions": (lambda: [(d3, "within_unit", lambda action: action.clamp(-1, 1))],
@@ -275,7 +283,8 @@ WRONG = {  # what is wrong: patches, the fixture, one comparison that must fail,
                            PROPRIO, "after3/", "grad/model/"),
     "v2 no KL balance": (lambda: [with_args(d2, "world_model_loss", kl_balance=0.5)],
                          PROPRIO, "grad/model/", "step1/model_loss"),
-    "v2 return of its own state": (lambda: [given_other(d2, "actor_loss", ret=lambda x: x.roll(1, 0))],
+    "v2 return of its own state": (lambda: [given_other(d2, "actor_loss",
+                                                        ret=lambda x: x.roll(1, 0))],
                                    PROPRIO, "step1/actor_loss", "step1/critic_loss"),
     "v2 no baseline": (lambda: [given_other(d2, "actor_loss", baseline=torch.zeros_like)],
                        ATARI, "step1/actor_loss", "step1/critic_loss"),
@@ -283,7 +292,8 @@ WRONG = {  # what is wrong: patches, the fixture, one comparison that must fail,
                    PROPRIO, "step1/imag/entropy", "step1/imag/target"),
     "v2 sampler's gradient": (lambda: [(d2.TruncatedNormal, "sample", clipped_sample)],
                               ("v2", "math"), "trunc/grad_sum_sample", "trunc/sample_det"),
-    "v2 slow critic": (lambda: slow_critic_not_copied_at_first(d2), PROPRIO, "after1/", "grad/critic/"),
+    "v2 slow critic": (lambda: slow_critic_not_copied_at_first(d2), PROPRIO, "after1/",
+                       "grad/critic/"),
     "v1 Adam's epsilon": (lambda: [changed_init(d1.Optimizer, eps=lambda self: 30 * self.eps)],
                           CONT, "after1/", "grad/model/"),
     "v1 model first": (models_step_first, CONT, "step1/imag/reward", "step1/model_loss"),
@@ -291,7 +301,8 @@ WRONG = {  # what is wrong: patches, the fixture, one comparison that must fail,
                         PCONT, "step1/div", "step1/div_raw"),
     "v1 ends without gamma": (lambda: [with_args(d1, "world_model_loss", gamma=1.0)],
                               PCONT, "step1/pcont_logprob", "step1/kl"),
-    "v1 detached value": (lambda: [given_other(d1, "lambda_return", next_value=torch.Tensor.detach)],
+    "v1 detached value": (lambda: [given_other(d1, "lambda_return",
+                                               next_value=torch.Tensor.detach)],
                           CONT, "grad/actor/", "step1/actor_loss"),
     "v1 no exploration": (lambda: [with_args(d1, "explore", 0, expl_amount=0.0)],
                           CONT, "policy/obs1_action", "policy/obs1_latent/deter"),
