@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 import dreamer_v1 as d1
-from common.envs import EnvSpec
 from tests import parity
 from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient,
                           patched,
                           recorder, shipped_losses)
-from tests.tiny import plain_args
+from tests.tiny import EnvSpec, plain_args
 
 IGNORED = {
     "step1/reward_preprocessed": "what is made of it is compared as reward_logprob",

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dreamer_v2 as d2
-from common.envs import EnvSpec
 from tests import parity
 from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient,
                           patched,
                           per_step, recorder, shipped_losses)
-from tests.tiny import plain_args
+from tests.tiny import EnvSpec, plain_args
 
 IGNORED = {
     "batch*/is_last": "the algorithm does not use it",

@@ -267,8 +267,8 @@ def counting_agent(module, monkeypatch, is_terminal: torch.Tensor, goes_on: tupl
     the optimisers do, and a batch.
     """
     flags = {"pcont": True} if has_flag(module, "pcont") else {}
-    gamma = {"gamma": GAMMA} if has_flag(module, "gamma") else {"discount_horizon": 1 / (1 - GAMMA)}
-    agent = tiny_agent(module, imag_horizon=H, batch_length=T, batch_size=B, **flags, **gamma)
+    agent = tiny_agent(module, imag_horizon=H, batch_length=T, batch_size=B, gamma=GAMMA,
+                       **flags)
     model, log = agent.world_model, []
     deter, stoch = (torch.zeros(T, B, x.shape[-1]) for x in agent.zero_state(1)[:2])
     stoch[:] = torch.arange(T * B).view(T, B, 1)

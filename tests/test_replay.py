@@ -16,9 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.devices import Feeder
-from common.envs import EnvSpec
 from common.vector import EnvStep
-from dreamer_v3 import ReplayBuffer, UserError
+from dreamer_v3 import EnvSpec, ReplayBuffer, UserError
 
 SPECS = {"both": EnvSpec((2, 2, 1), 3, 2, True), "image": EnvSpec((2, 2, 1), 0, 2, True),
          "vector": EnvSpec(None, 3, 2, False)}

@@ -27,8 +27,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS
 
-from common.envs import EnvSpec
-from tests.tiny import for_task, has_flag
+from tests.tiny import EnvSpec, has_flag, tiny_args
 
 DIM = r"(?:\d+|\d*[A-Z][0-9]?(?: (?:\*|\+) [A-Z0-9]+| or \d*[A-Z])?)"
 SHAPE = re.compile(rf"\(((?:\.\.\.|{DIM}),? ?(?:, (?:\.\.\.|{DIM}))*,?)\)")
@@ -228,12 +227,7 @@ SPECS = {  # (observation, action) of every kind, together; True: as small as th
 T, B, H, P, CONTEXT = 7, 6, 24, 8, 3
 SIZES = dict(batch_length=T, batch_size=B, imag_horizon=H, num_envs=P, image_size=16, depth=2,
              deter=10, hidden=19, units=13, mlp_units=29, layers=1, mlp_layers=1, stoch=11,
-             classes=12, bins=17, total_timesteps=1000, cuda=False, actor_grad="auto")
-
-
-def tiny_args(module, spec: EnvSpec):
-    args = module.Args(size="XXS", **{k: v for k, v in SIZES.items() if has_flag(module, k)})
-    return for_task(module, args, spec.discrete)
+             classes=12, bins=17)
 
 
 def model_sizes(args, spec: EnvSpec, embed_dim: int) -> dict:
@@ -262,7 +256,8 @@ def exercise(checker: Checker, spec: EnvSpec, folder) -> None:
     if spec.image_shape:
         pixels = 16 if has_flag(module, "image_size") else 64
         spec = replace(spec, image_shape=(pixels, pixels, 3))
-    args, device = tiny_args(module, spec), torch.device("cpu")
+    sizes = {name: size for name, size in SIZES.items() if has_flag(module, name)}
+    args, device = tiny_args(module, spec.discrete, **sizes), torch.device("cpu")
     torch.manual_seed(0)
     agent = module.Agent(args, spec, device)
     model = model_sizes(args, spec, agent.world_model.encoder.embed_dim)
