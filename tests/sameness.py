@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("dreamer_v*.py"))
 NEIGHBOURS = list(itertools.pairwise(SCRIPTS))
-HUNKS, LINES = 60, 700  # of `git diff --no-index -U0`: at most, and changed lines of each
+HUNKS, LINES = 70, 400  # of `git diff --no-index -U0`: at most, and changed lines of each
 
 # Versions -> what is byte-identical in them. Of a class that differs: its methods that do not.
 SAME = {

@@ -70,7 +70,8 @@ def test_first_losses_with_compile(monkeypatch):
     assert not compiled
     fast = first_losses(dreamer_v3, False, **sizes, compile=True)
     assert len(compiled) >= 6 and len(plain) >= 7
-    assert fast == pytest.approx(plain, rel=1e-4)
+    # The actor's loss is a mean of numbers near 1 that cancel; a fault changes one by 1e-2.
+    assert fast == pytest.approx(plain, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("discrete", [True, False])

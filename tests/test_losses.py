@@ -220,7 +220,8 @@ def test_what_v3_makes_of_a_doubtful_end():
         return agent.learn(tiny_batch(d3, agent), agent.zero_state(3))
 
     def same(one, other):
-        return all(torch.allclose(one[key], other[key], rtol=1e-5)
+        # Rounding gives 1e-6, another meaning of the flag more than 1e-3 in one of them.
+        return all(torch.allclose(one[key], other[key], rtol=1e-4, atol=1e-5)
                    for key in ("imagined/return", "loss/critic", "loss/actor"))
 
     certain = 0.9999999

@@ -17,6 +17,7 @@ import torch
 import dreamer_v1 as d1
 import dreamer_v2 as d2
 import dreamer_v3 as d3
+from common.cli import RunArgs
 from tests import parity, parity_v1, parity_v2, parity_v3, tiny
 from tests.parity import Fixture, Report, check_fixture, patched
 
@@ -28,8 +29,7 @@ FIXTURES = [(version, name) for version, names in {
     "v2": ["math", "atari", "dmc_vision", "dmc_proprio", "crafter_layernorm"],
     "v3": ["v3_math", "v3_discrete_image", "v3_continuous_vector"]}.items() for name in names]
 VECTOR, IMAGE = ("v3", "v3_continuous_vector"), ("v3", "v3_discrete_image")
-PROPRIO, ATARI, CONT, PCONT = ("v2", "dmc_proprio"), ("v2", "atari"), ("v1", "cont"), ("v1",
-                                                                                       "cont_pcont")
+PROPRIO, CONT, PCONT = ("v2", "dmc_proprio"), ("v1", "cont"), ("v1", "cont_pcont")
 
 
 @pytest.fixture(autouse=True)
@@ -157,8 +157,9 @@ def test_no_setting_is_left_at_the_value_of_tiny_agents(version):
     script, same = VERSIONS[version].Twin.script, None
     for name in [name for v, name in FIXTURES if v == version and "math" not in name]:
         ours, plain = VERSIONS[version].Twin(fixture(version, name)).args, tiny.plain_args(script)
-        found = {key for key in script.Args.__annotations__
-                 if getattr(ours, key) == getattr(plain, key)}
+        own = {field.name for field in dataclasses.fields(ours)} - {
+            field.name for field in dataclasses.fields(RunArgs)}
+        found = {key for key in own if getattr(ours, key) == getattr(plain, key)}
         same = found if same is None else same & found
     assert same <= {*NO_MATTER, *EQUAL[version]}
 
@@ -209,103 +210,42 @@ def models_step_first():
                                                      _: self.norm)]
 
 
-def gru_without_update_bias(d):
-    def forward(self, x, deter):
-        reset, cand, update = self.norm(self.linear(torch.cat([deter, x], -1))).chunk(3, -1)
-        return deter.lerp(torch.tanh(reset.sigmoid() * cand), update.sigmoid())
-    return [(d.NormGRUCell, "forward", forward)]
-
-
-def clip_each_tensor_by_itself(d):
-    shipped = d.Optimizer.apply
-
-    def apply(self, grads):
-        shipped(self, tuple(grad * (self.clip / grad.norm().clamp(min=self.clip))
-                            for grad in grads))
-        return torch.nn.utils.get_total_norm(grads)
-    return [(d.Optimizer, "apply", apply)]
-
-
-def slow_critic_not_copied_at_first(d):
-    shipped = d.Agent.update_slow_critic
-
-    def update(self):
-        self.updates += 1
-        shipped(self)
-        self.updates -= 1
-    return [(d.Agent, "update_slow_critic", update)]
-
-
-def scale_of_the_update_before(self, ret, shipped=d3.ReturnScale.update):
-    before = (self.range[1] - self.range[0]).clamp(min=self.limit)
-    shipped(self, ret)
-    return before
-
-
-def clipped_sample(self):
-    return d2.Gaussian.sample(self).clamp(-1 + 1e-6, 1 - 1e-6)
-
-
 WRONG = {  # what is wrong: patches, the fixture, one comparison that must fail, one that must not
     "v3 lambda": (lambda: [given_other(d3, "lambda_return", lambda_=lambda x: x - 0.01)],
                   VECTOR, "step1/imag/ret", "step1/imag/reward"),
     "v3 no unimix": (lambda: [changed_init(d3.OneHot, probs=lambda self: self.raw.softmax(-1))],
                      VECTOR, "step1/wm/post_logit", "step1/wm/embed"),
-    "v3 GRU": (lambda: gru_without_update_bias(d3), VECTOR, "step1/wm/post_deter",
-               "step1/wm/embed"),
-    "v3 clipping": (lambda: clip_each_tensor_by_itself(d3), VECTOR, "params_after1/",
-                    "step1/wm/grad/"),
     "v3 no clipping": (lambda: [changed_init(d3.Optimizer, clip=lambda _: 1e9)],
                        VECTOR, "adam_mu_after3/", "step1/wm/grad/"),
     "v3 clipped actions": (lambda: [(d3, "within_unit", lambda action: action.clamp(-1, 1))],
                            VECTOR, "step1/actor/grad/", "step1/wm/model_loss"),
-    "v3 return scale": (lambda: [(d3.ReturnScale, "update", scale_of_the_update_before)],
-                        VECTOR, "step1/actor/retnorm_invscale", "step1/imag/ret"),
     "v3 no free bits": (lambda: [with_args(d3, "world_model_loss", free_bits=0.0)],
                         VECTOR, "step1/wm/loss_unscaled/dyn", "step1/wm/loss_unscaled/reward"),
     "v3 baseline": (lambda: [given_other(d3, "actor_loss", baseline=torch.Tensor.detach)],
                     VECTOR, "step1/actor/grad/", "step1/actor/loss"),
     "v3 no entropy": (lambda: [with_args(d3, "actor_loss", actor_entropy=0.0)],
                       IMAGE, "step1/actor/loss", "step1/actor/policy_entropy"),
-    "v3 no regulariser": (lambda: [with_args(d3, "critic_loss", critic_ema_regularizer=0.0)],
-                          VECTOR, "step1/critic/loss", "step1/critic/nll"),
     "v3 no weights": (lambda: [given_other(d3, "critic_loss", weight=torch.ones_like)],
                       VECTOR, "step1/critic/loss", "step1/actor/loss"),
-    "v3 slow critic": (lambda: slow_critic_not_copied_at_first(d3),
-                       VECTOR, "params_after1/", "step1/critic/grad/"),
-    "v3 no symlog": (lambda: [(d3, "symlog", lambda x: x)],
-                     VECTOR, "step1/wm/embed", "step1/wm/initial_deter"),
-    "v2 GRU": (lambda: gru_without_update_bias(d2), PROPRIO, "step1/post/deter", "step1/embed"),
-    "v2 clipping": (lambda: clip_each_tensor_by_itself(d2), ("v2", "math"), "adam/2/", "adam/0/a"),
     "v2 Adam's epsilon": (lambda: [changed_init(d2.Optimizer, eps=lambda self: 30 * self.eps)],
                           PROPRIO, "after1/", "grad/model/"),
     "v2 no weight decay": (lambda: [with_args(d2.Agent, "__init__", 1, weight_decay=0.0)],
                            PROPRIO, "after3/", "grad/model/"),
     "v2 no KL balance": (lambda: [with_args(d2, "world_model_loss", kl_balance=0.5)],
                          PROPRIO, "grad/model/", "step1/model_loss"),
-    "v2 return of its own state": (lambda: [given_other(d2, "actor_loss",
-                                                        ret=lambda x: x.roll(1, 0))],
-                                   PROPRIO, "step1/actor_loss", "step1/critic_loss"),
-    "v2 no baseline": (lambda: [given_other(d2, "actor_loss", baseline=torch.zeros_like)],
-                       ATARI, "step1/actor_loss", "step1/critic_loss"),
+    "v2 return of its own state": (
+        lambda: [given_other(d2, "actor_loss", ret=lambda x: x.roll(1, 0))],
+        PROPRIO, "step1/actor_loss", "step1/critic_loss"),
     "v2 entropy": (lambda: [(d2.TruncatedNormal, "entropy", d2.Gaussian.entropy)],
                    PROPRIO, "step1/imag/entropy", "step1/imag/target"),
-    "v2 sampler's gradient": (lambda: [(d2.TruncatedNormal, "sample", clipped_sample)],
-                              ("v2", "math"), "trunc/grad_sum_sample", "trunc/sample_det"),
-    "v2 slow critic": (lambda: slow_critic_not_copied_at_first(d2), PROPRIO, "after1/",
-                       "grad/critic/"),
-    "v1 Adam's epsilon": (lambda: [changed_init(d1.Optimizer, eps=lambda self: 30 * self.eps)],
-                          CONT, "after1/", "grad/model/"),
     "v1 model first": (models_step_first, CONT, "step1/imag/reward", "step1/model_loss"),
     "v1 no free nats": (lambda: [with_args(d1, "world_model_loss", free_nats=0.0)],
                         PCONT, "step1/div", "step1/div_raw"),
     "v1 ends without gamma": (lambda: [with_args(d1, "world_model_loss", gamma=1.0)],
                               PCONT, "step1/pcont_logprob", "step1/kl"),
-    "v1 detached value": (lambda: [given_other(d1, "lambda_return",
-                                               next_value=torch.Tensor.detach)],
-                          CONT, "grad/actor/", "step1/actor_loss"),
-    "v1 no exploration": (lambda: [with_args(d1, "explore", 0, expl_amount=0.0)],
-                          CONT, "policy/obs1_action", "policy/obs1_latent/deter"),
+    "v1 detached value": (
+        lambda: [given_other(d1, "lambda_return", next_value=torch.Tensor.detach)],
+        CONT, "grad/actor/", "step1/actor_loss"),
 }
 
 
