@@ -49,7 +49,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from tests.tiny import EnvSpec
+from common.spaces import EnvSpec
 
 VERSIONS = ("v3", "v2", "v1")  # tests.parity_v3 has IGNORED, tolerance, RMS, a Twin and check_math
 PARTS = r"_(steps|opt|gradparts|step|params)$"  # X_steps.npz and the like belong to fixture X
@@ -249,7 +249,7 @@ def shipped_losses(script: ModuleType, args, shape: tuple, post=None, prior=None
                    image=None, vector=None, predicted=None, cont=None) -> dict[str, Tensor]:
     """`world_model_loss` of a model whose networks say what they are told to.
 
-    What is not given does not matter. The reward head, and the continue head unless `cont` is
+    What is not given does not matter. The reward and discount heads, and the continue head unless `cont` is
     given, answer with the target in the place of its log-probability.
     """
     state, zeros = torch.zeros(*shape, 1), torch.zeros(shape)
@@ -257,7 +257,7 @@ def shipped_losses(script: ModuleType, args, shape: tuple, post=None, prior=None
     still.detach = lambda: still
     echo = SimpleNamespace(log_prob=lambda target: target)
     model = SimpleNamespace(
-        encoder=lambda *_: state, reward=lambda _: echo, cont=lambda _: cont or echo,
+        encoder=lambda *_: state, reward=lambda _: echo, cont=lambda _: cont or echo, discount=lambda _: echo,
         decoder=SimpleNamespace(image=lambda _: predicted, vector=lambda _: predicted),
         rssm=SimpleNamespace(observe=lambda *_: (state, state, state),
                              latent=lambda _: post or still,

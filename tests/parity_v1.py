@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import dreamer_v1 as d1
+from common.spaces import EnvSpec
 from tests import parity
 from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient,
                           patched,
                           recorder, shipped_losses)
-from tests.tiny import EnvSpec, plain_args
+from tests.tiny import plain_args
 
 IGNORED = {
     "step1/reward_preprocessed": "what is made of it is compared as reward_logprob",
@@ -41,7 +42,7 @@ class Twin(parity.Twin):
     rename = [
         (r"^value/", "critic/head/"), (r"^actor/", "actor/head/"),
         (r"^reward/", "world_model/reward_head/"),
-        (r"^pcont/", "world_model/cont_head/"), (r"_head/h(\d+)/|/head/h(\d+)/",
+        (r"^pcont/", "world_model/discount_head/"), (r"_head/h(\d+)/|/head/h(\d+)/",
                                                  lambda m: m[0].replace("/h" + (m[1] or m[2]) + "/",
                                                                         f"/mlp/{m[1] or m[2]}/")),
         (r"/hout/", "/out/"), (r"^decode/h1/", "world_model/decoder/cnn_in/"),
@@ -140,7 +141,7 @@ class Twin(parity.Twin):
                  "prior/mean": prior.mean, "prior/std": prior.std, "prior/deter": deter,
                  "prior/stoch": prior.sample(), "image_mean": model.decoder.image(feat)}
         if self.args.pcont:
-            found["pcont_logit"] = model.cont(feat).logit
+            found["pcont_logit"] = model.discount(feat).logit
             found["pcont_target"] = self.args.gamma * (~batch.is_terminal).float()
         return {name: batch_major(x) for name, x in found.items()} | {
             "image_preprocessed_0_0": d1.centre(batch.image)[0, 0]}
@@ -155,7 +156,7 @@ class Twin(parity.Twin):
                                             "stoch": batch_major(stoch)})
         self.compare_image(prefix, image)
         for name, theirs, scale in (("image", "image", 1.0), ("reward", "reward", 1.0),
-                                    ("cont", "pcont", args.pcont_scale)):
+                                    ("discount", "pcont", args.pcont_scale)):
             if name in losses:
                 self.compare(f"{prefix}{theirs}_logprob", -batch_major(losses[name] / scale))
                 self.compare(f"{prefix}like_{theirs}", -losses[name].mean())
@@ -177,7 +178,7 @@ class Twin(parity.Twin):
                       "value": agent.critic(feat[1:]).mean()}
         call.found["pcont"] = torch.full_like(call.found["value"], self.args.gamma)
         if self.args.pcont:
-            call.found["pcont"] = model.cont(feat[1:]).mean()
+            call.found["pcont"] = model.discount(feat[1:]).mean()
         call.found |= {"actor_logits": policy.raw} if self.spec.discrete else {
             "actor_mean": policy.mean, "actor_std": policy.std}
         return feat
@@ -247,7 +248,7 @@ def math_losses(report: Report, fixture: Fixture, prefix: str) -> None:
 
     grads = d1.Optimizer, "grads", lambda self, loss, **_: tuple(map(torch.zeros_like, self.params))
     with patched(head(d1.WorldModel, "reward", reward, d1.Normal),
-                 head(d1.WorldModel, "cont", cont.logit(), d1.Bernoulli),
+                 head(d1.WorldModel, "discount", cont.logit(), d1.Bernoulli),
                  head(d1.Critic, "forward", value, d1.Normal), grads,
                  *(recorder(log, d1, name) for name in ("actor_loss", "critic_loss"))):
         agent.learn(batch, agent.zero_state(rows))

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dreamer_v2 as d2
+from common.spaces import EnvSpec
 from tests import parity
 from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient,
                           patched,
                           per_step, recorder, shipped_losses)
-from tests.tiny import EnvSpec, plain_args
+from tests.tiny import plain_args
 
 IGNORED = {
     "batch*/is_last": "the algorithm does not use it",
@@ -57,7 +58,7 @@ class Twin(parity.Twin):
         (r"^target_critic/", "slow_critic/head/"), (r"^critic/", "critic/head/"),
         (r"^actor/out/std/", "actor/std/"), (r"^actor/(?!std)", "actor/head/"),
         (r"^(encoder|decoder|rssm|reward|discount)/", r"world_model/\1/"),
-        (r"/discount/", "/cont_head/"), (r"/reward/", "/reward_head/"), (r"/convin/", "/cnn_in/"),
+        (r"/discount/", "/discount_head/"), (r"/reward/", "/reward_head/"), (r"/convin/", "/cnn_in/"),
         (r"/conv(\d+)/", lambda m: f"/cnn/{2 * int(m[1])}/"),
         (r"/convnorm(\d+)/", lambda m: f"/cnn/{2 * int(m[1]) + 1}/0/"),
         (r"/decoder/dense_.*/out/", "/decoder/vector_head/out/"),
@@ -173,7 +174,7 @@ class Twin(parity.Twin):
                  "kl_value": post.kl(prior), "reward_head_out": model.reward(feat).mean(),
                  "post_ent": post.entropy(), "prior_ent": prior.entropy()}
         if self.args.pcont:
-            found["discount_head_out"] = model.cont(feat).logit
+            found["discount_head_out"] = model.discount(feat).logit
         if self.vectors:
             vector = model.decoder.vector(feat)
             found |= {f"decoded/{key}": vector[..., columns]
@@ -190,9 +191,9 @@ class Twin(parity.Twin):
         if image is not None:
             self.compare_image(prefix, image)
 
-        names = {"reward": ["reward"], "cont": ["discount"], "image": self.images,
+        names = {"reward": ["reward"], "discount": ["discount"], "image": self.images,
                  "vector": self.vectors}
-        scales = {"cont": args.pcont_scale, "kl": args.kl_scale}
+        scales = {"discount": args.pcont_scale, "kl": args.kl_scale}
         for name, loss in call.result[0].items():
             unscaled = loss / scales.get(name, 1.0)
             if name == "kl":
@@ -349,7 +350,7 @@ def math_inputs(report: Report, fixture: Fixture, prefix: str) -> None:
         compare(report, fixture, prefix, {f"reward_{theirs}": -found})
     for key in fixture.under(prefix + "discount_out_gamma"):
         args = flags(gamma=float(key), pcont=True, pcont_scale=1.0)
-        found = shipped_losses(d2, args, terminal.shape, terminal=terminal)["cont"]
+        found = shipped_losses(d2, args, terminal.shape, terminal=terminal)["discount"]
         compare(report, fixture, prefix, {f"discount_out_gamma{key}": -found})
 
 
@@ -432,12 +433,12 @@ def math_weights(report: Report, fixture: Fixture, prefix: str) -> None:
     batch = d2.Batch(None, zeros[..., None], torch.zeros(*terminal.shape, 2), zeros, zeros > 1,
                      terminal)
 
-    def cont(self, feat, shipped=d2.WorldModel.cont):
+    def head(self, feat, shipped=d2.WorldModel.discount):
         given = ours[1:-1] if len(feat) == len(ours) - 2 else ours[:-1]
         return shipped(self,
                        feat) if feat.shape[:2] == terminal.shape else d2.Bernoulli(given.logit())
 
-    with patched((d2.WorldModel, "cont", cont), recorder(log, d2, "lambda_return"),
+    with patched((d2.WorldModel, "discount", head), recorder(log, d2, "lambda_return"),
                  recorder(log, d2, "critic_loss")):
         agent.learn(batch, agent.zero_state(terminal.shape[1]))
     for key, x in (("discount", log["lambda_return"].discount),

@@ -8,10 +8,11 @@ import torch.nn as nn
 from torch import Tensor
 
 import dreamer_v3 as d3
+from common.spaces import EnvSpec
 from tests import parity
 from tests.parity import (Fixture, Report, batch_major, compare, gradient, per_step, recorder,
                           shipped_losses)
-from tests.tiny import EnvSpec, plain_args
+from tests.tiny import plain_args
 
 IGNORED = {
     "meta/*": "settings; those that matter are read",

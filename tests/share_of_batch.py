@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common.devices import setup_distributed
+from common.devices import join
 from tests.tiny import has_flag, tiny_agent, tiny_batch, tiny_spec
 
 script, kind, folder = sys.argv[1:]
@@ -18,7 +18,7 @@ module = __import__(script)
 module.draw_classes = lambda probs: probs.argmax(-1)
 module.draw_noise = lambda mean: torch.full_like(mean, 0.5)
 module.draw_truncated = lambda low, high: (low + high) / 2
-rank, world, _ = setup_distributed("cpu")
+rank, world, _ = join(cuda=False)
 torch.manual_seed(0)
 # The mean KL of one rank is above this limit, that of the other below.
 limit = {"free_nats": 1.3 if script == "dreamer_v1" else 0.19} if has_flag(

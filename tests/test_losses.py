@@ -284,15 +284,16 @@ def test_random_actions_are_uniform():
 
 
 def test_updates_due():
-    """The first waits for a whole window in every ring, or there would be a burst of them."""
-    args = tiny_args(d3, num_envs=8, batch_size=4, train_ratio=10.0, pretrain=7)
+    """The first waits for --learning-starts windows, or there would be a burst of them."""
+    args = tiny_args(d3, num_envs=8, batch_size=4, train_ratio=10.0, pretrain=7,
+                     learning_starts=20)
     for world in (1, 2):
-        start = 8 * world * 5
+        start = 20 + 8 * world * 4
         due = [d3.updates_due(args, step, 0, world) for step in
                (start - 1, start, start + 2, start + 20)]
         assert due == [0, 7, 8, 17]
         assert d3.updates_due(args, start + 20, 16, world) == 1
-    late = replace(args, learning_starts=100)
-    assert [d3.updates_due(late, step, 0) for step in (99, 100)] == [0, 7]
+    at_once = replace(args, learning_starts=0)  # one whole window it takes in any case
+    assert [d3.updates_due(at_once, step, 0) for step in (32, 33)] == [0, 7]
     none_at_once = replace(args, pretrain=0)
-    assert [d3.updates_due(none_at_once, step, 0) for step in (40, 42)] == [0, 1]
+    assert [d3.updates_due(none_at_once, step, 0) for step in (52, 54)] == [0, 1]

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 import dreamer_v1 as d1
 import dreamer_v2 as d2
 import dreamer_v3 as d3
-from tests.tiny import PLAIN, EnvSpec, grad_of, has_flag, tiny_agent, tiny_args, tiny_spec
+from common.spaces import EnvSpec
+from tests.tiny import PLAIN, grad_of, has_flag, tiny_agent, tiny_args, tiny_spec
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 close = torch.testing.assert_close

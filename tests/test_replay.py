@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.devices import Feeder
+from common.disk import UserError
+from common.spaces import EnvSpec
 from common.vector import EnvStep
-from dreamer_v3 import EnvSpec, ReplayBuffer, UserError
+from dreamer_v3 import ReplayBuffer
 
 SPECS = {"both": EnvSpec((2, 2, 1), 3, 2, True), "image": EnvSpec((2, 2, 1), 0, 2, True),
          "vector": EnvSpec(None, 3, 2, False)}

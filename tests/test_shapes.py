@@ -27,7 +27,8 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS
 
-from tests.tiny import EnvSpec, has_flag, tiny_args
+from common.spaces import EnvSpec
+from tests.tiny import has_flag, tiny_args
 
 DIM = r"(?:\d+|\d*[A-Z][0-9]?(?: (?:\*|\+) [A-Z0-9]+| or \d*[A-Z])?)"
 SHAPE = re.compile(rf"\(((?:\.\.\.|{DIM}),? ?(?:, (?:\.\.\.|{DIM}))*,?)\)")

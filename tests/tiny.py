@@ -5,7 +5,7 @@ from dataclasses import fields
 import torch
 import torch.nn.functional as F
 
-from dreamer_v3 import EnvSpec
+from common.spaces import EnvSpec
 
 # A value for every setting of every algorithm, so that no test depends on the presets. They differ
 # from those of the golden fixtures: parity fails if it forgets to pass one on.
