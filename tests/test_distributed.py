@@ -19,7 +19,9 @@ HANG = 300.0  # seconds after which a process that should have left counts as ha
 
 
 def new_run(steps: int, *flags, env: str = "fake_envs:CountingVector") -> list[str]:
-    return tiny_run(MAIN, env, steps, *flags, batch_size=4, train_ratio=20, buffer_size=200)
+    """Two ranks make their first update at step 20: then 12 windows of 5 rows can be drawn."""
+    return tiny_run(MAIN, env, steps, *flags, batch_size=4, train_ratio=20, buffer_size=200,
+                    learning_starts=12)
 
 
 def two(*argv) -> tuple:
