@@ -1,32 +1,34 @@
 """Do our numbers equal those that the authors' own code gave? One line per quantity.
 
     python -m tests.parity v3 [FOLDER]          also v2, v1; default folder: tests/golden/v3
-    python -m tests.parity v3 --device cuda --slack 10      on a GPU, with tolerances ten times as wide
+    python -m tests.parity v3 --device cuda --slack 10      on a GPU; tolerances ten times as wide
 
 FOLDER holds fixtures: arrays written by the authors' code, with random draws replaced by a rule
 (tests/golden/*/README.md). The exit status is 0 if everything agrees, 1 if anything does not or was
 not compared, 2 if there is nothing to compare.
 
-The agent is ours, the script's `Agent`, with the authors' weights, and what is compared comes out of the
-real `Agent.train_step`: while it runs, recorders lie around the shipped functions. What they do not show
-(logits, reconstructions, ...) is asked of the shipped modules with the same weights. This file holds what
-the versions share; `parity_v3.py` and its siblings say which array of a fixture is which number of ours.
+The agent is ours, the script's `Agent`, with the authors' weights. What is compared comes out of
+the real `Agent.train_step`: while it runs, recorders lie around the shipped functions. What they do
+not show (logits, reconstructions, ...) is asked of the shipped modules with the same weights. This
+file holds what the versions share; `parity_v3.py` and its siblings say which array of a fixture is
+which number of ours.
 
 Tolerances. An error is a largest absolute difference, divided by a scale:
 
                   V3      V2      V1
-    forward      2e-5    1e-5    1e-5    scale: the largest magnitude in the expected tensor. Exceptions,
-                                         named where they are made: a mean or difference of numbers that
-                                         cancel has the scale of those numbers; a tensor that spans many
-                                         orders of magnitude is judged element by element, with scale
-                                         max(1, |expected|), or row by row
-    gradient     1e-4    1e-4    1e-4    the same scale, for V1 the root mean square of the expected tensor
-                                         (Adam's moments too); where that is 0, ours must be exactly 0
+    forward      2e-5    1e-5    1e-5    scale: the largest magnitude in the expected tensor. The
+                                         exceptions are named where they are made: a mean or
+                                         difference of numbers that cancel has the scale of those
+                                         numbers; a tensor that spans many orders of magnitude is
+                                         judged by element, with scale max(1, |expected|), or by row
+    gradient     1e-4    1e-4    1e-4    the same scale, for V1 the root mean square of the expected
+                                         tensor (Adam's moments too); ours is 0 where that is 0
     parameter    1e-5    2e-6    2e-6    absolute, after updates; V2 with layer norm: 5e-6
     exact        0       0       0       counters, flags and one-hot vectors
 
-A line that stands for several tensors shows the worst of them. Every array of a fixture must be read by a
-comparison or stand in the version's IGNORED table with a reason; one that does neither is a FAIL as well.
+A line that stands for several tensors shows the worst of them. Every array of a fixture must be
+read by a comparison or stand in the version's IGNORED table with a reason; one that does neither is
+a FAIL as well.
 """
 
 import argparse
@@ -47,19 +49,19 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from common.envs import EnvSpec
+from common.spaces import EnvSpec
 
 VERSIONS = ("v3", "v2", "v1")  # tests.parity_v3 has IGNORED, tolerance, RMS, a Twin and check_math
 PARTS = r"_(steps|opt|gradparts|step|params)$"  # X_steps.npz and the like belong to fixture X
 
 
-# ---------------------------------------------------------------------------------- fixtures and reports
+# ----------------------------------------------------------------------------- fixtures and reports
 class Mismatch(Exception):
     """A fixture that ours cannot be set up for: an unknown setting, a weight without a place."""
 
 
 class Fixture:
-    """The arrays of one fixture, from one file or from several; remembers which of them were read."""
+    """The arrays of one fixture, from one file or several; remembers which were read."""
 
     def __init__(self, folder: Path, name: str):
         self.name, self.arrays, self.read = name, {}, set()
@@ -107,7 +109,8 @@ class Report:
         """Print one comparison. A NaN is a failure."""
         limit = self.tolerance[kind] * self.slack
         self.lines += 1
-        self.worst[self.where, kind] = max(self.worst.get((self.where, kind), (0.0, "")), (error, name))
+        self.worst[self.where, kind] = max(self.worst.get((self.where, kind), (0.0, "")),
+                                           (error, name))
         self.say(f"{name:<76} {error:9.2e} {limit:7.0e} {'ok' if error <= limit else 'FAIL'}")
         if not error <= limit:
             self.failed.append(f"{self.where}: {name}")
@@ -143,7 +146,8 @@ class Report:
 
     def error(self, ours, expected, kind: str, scale=None) -> float:
         """Largest difference in units of `scale`. Raises `Mismatch` if the shapes differ."""
-        a = ours.detach().cpu().double().numpy() if isinstance(ours, Tensor) else np.asarray(ours, np.float64)
+        a = ours.detach().cpu() if isinstance(ours, Tensor) else ours
+        a = np.asarray(a, np.float64)
         b = np.asarray(expected, np.float64)
         if a.shape != b.shape:
             raise Mismatch(f"shape {a.shape}, expected {b.shape}")
@@ -155,7 +159,8 @@ class Report:
         if scale is None:
             scale = np.sqrt((b * b).mean()) if self.rms and kind == "gradient" else np.abs(b).max()
         unit = np.broadcast_to(np.asarray(scale, np.float64), a.shape)
-        relative = np.divide(difference, unit, out=np.where(difference == 0, 0.0, np.inf), where=unit > 0)
+        relative = np.divide(difference, unit, out=np.where(difference == 0, 0.0, np.inf),
+                             where=unit > 0)
         return float(relative.max())
 
     def say(self, text: str) -> None:
@@ -163,7 +168,7 @@ class Report:
             print(text)
 
 
-# ---------------------------------------------------------------------------------------------- recording
+# ---------------------------------------------------------------------------------------- recording
 @contextmanager
 def patched(*patches: tuple[object, str, object]) -> Iterator[None]:
     """Put replacements (owner, name, new) in place for a while."""
@@ -199,7 +204,7 @@ def recorder(log: dict, owner, name: str, after=None) -> tuple[object, str, obje
 
 
 def optimizer_recorders(log: dict, optimizer: type) -> list[tuple[object, str, object]]:
-    """Patches that keep, for each optimiser, its loss and the gradients and norm before clipping."""
+    """Patches that keep, for each optimiser, its loss, its gradients and norm before clipping."""
     grads, apply = optimizer.grads, optimizer.apply
 
     def recording_grads(self, loss, *args, **kwargs):
@@ -222,7 +227,8 @@ def gradient(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs))
 
 
-def compare(report: Report, fixture: Fixture, prefix: str, forward: dict, backward: dict | None = None):
+def compare(report: Report, fixture: Fixture, prefix: str, forward: dict,
+            backward: dict | None = None):
     """Compare values and gradients below `prefix`."""
     for kind, found in (("forward", forward), ("gradient", backward or {})):
         for key, ours in found.items():
@@ -231,32 +237,35 @@ def compare(report: Report, fixture: Fixture, prefix: str, forward: dict, backwa
 
 @torch.enable_grad()
 def per_step(function, call: SimpleNamespace) -> Tensor:
-    """element (H, N) of a loss = mean(weight * element), from a call of it: no second copy of the loss."""
+    """element (H, N) of a loss = mean(weight * element), from a call of that loss."""
     weight = call.weight.detach().requires_grad_()
     result = function(*(call.given | {"weight": weight}).values())
     loss = result[0] if isinstance(result, tuple) else result
     return (gradient(loss, weight)[0] * weight.numel()).detach()
 
 
-def shipped_losses(script: ModuleType, args, shape: tuple, post=None, prior=None, reward=None, terminal=None,
+def shipped_losses(script: ModuleType, args, shape: tuple, post=None, prior=None, reward=None,
+                   terminal=None,
                    image=None, vector=None, predicted=None, cont=None) -> dict[str, Tensor]:
     """`world_model_loss` of a model whose networks say what they are told to.
 
-    What is not given does not matter. The reward head, and the continue head unless `cont` is given, answer
-    with the target in the place of its log-probability.
+    What is not given does not matter. The reward and discount heads, and the continue head unless `cont` is
+    given, answer with the target in the place of its log-probability.
     """
     state, zeros = torch.zeros(*shape, 1), torch.zeros(shape)
     still = SimpleNamespace(kl=lambda _: zeros, entropy=lambda: zeros)
     still.detach = lambda: still
     echo = SimpleNamespace(log_prob=lambda target: target)
     model = SimpleNamespace(
-        encoder=lambda *_: state, reward=lambda _: echo, cont=lambda _: cont or echo,
+        encoder=lambda *_: state, reward=lambda _: echo, cont=lambda _: cont or echo, discount=lambda _: echo,
         decoder=SimpleNamespace(image=lambda _: predicted, vector=lambda _: predicted),
-        rssm=SimpleNamespace(observe=lambda *_: (state, state, state), latent=lambda _: post or still,
+        rssm=SimpleNamespace(observe=lambda *_: (state, state, state),
+                             latent=lambda _: post or still,
                              prior=lambda _: prior or still))
     batch = script.Batch(image, vector, state, zeros if reward is None else reward, None,
                          zeros > 1 if terminal is None else terminal)
-    return script.world_model_loss(model, batch, script.State(state[0], state[0], state[0]), args)[0]
+    return script.world_model_loss(model, batch, script.State(state[0], state[0], state[0]),
+                                   args)[0]
 
 
 def check_steps(report: Report, fixture: Fixture, prefix: str, make_optimizer) -> None:
@@ -264,7 +273,8 @@ def check_steps(report: Report, fixture: Fixture, prefix: str, make_optimizer) -
     params = {key: nn.Parameter(fixture.tensor(f"{prefix}init/{key}")) for key in "ab"}
     optimizer = make_optimizer(params.values())
     for i in range(fixture.numbered(prefix)):
-        loss = sum((p * fixture.tensor(f"{prefix}{i}/grad_{key}")).sum() for key, p in params.items())
+        loss = sum((p * fixture.tensor(f"{prefix}{i}/grad_{key}")).sum()
+                   for key, p in params.items())
         compare(report, fixture, f"{prefix}{i}/", {"norm": optimizer.apply(optimizer.grads(loss))})
         for key, param in params.items():
             report.check(f"{prefix}{i}/{key}", param, fixture[f"{prefix}{i}/{key}"], "parameter")
@@ -274,18 +284,18 @@ def batch_major(x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
-# ------------------------------------------------------------------------------------ an agent like theirs
+# ----------------------------------------------------------------------------- an agent like theirs
 class Twin:
     """Our agent with the sizes, settings and weights of a fixture. Each version completes it."""
 
     script: ModuleType
     init = "init/"  # where the weights stand
     aligned = False  # whether their action is the one chosen AT an observation, as in ours
-    fixed: dict[str, object] = {}  # settings that ours has no choice about
     rename: list[tuple[str, str]] = []  # their name of a parameter -> ours
     swapped = flipped = "$^"  # kernels that read [stoch, deter], ours [deter, stoch]; see `places`
     vector_out = "$^"  # the decoder's output layer of one vector
-    sized_classes: dict[str, str] = {}  # a network whose sizes may be its own -> its key in the settings
+    sized_classes: dict[str,
+                        str] = {}  # a network whose sizes may be its own -> its key in the settings
     sized_heads: dict[str, str] = {}
     optimizers = {"model": "world_model", "actor": "actor", "critic": "critic"}
 
@@ -300,7 +310,6 @@ class Twin:
         self.columns = {key: slice(*stops[i:i + 2]) for i, key in enumerate(self.vectors)}
         self.rows, self.length = fixture["batch1/reward"].shape
         self.spec = self.env_spec(stops[-1])
-        self.announce_settings()
         try:
             self.args = self.make_args()
         except self.script.UserError as why:
@@ -333,14 +342,7 @@ class Twin:
         discrete = meta["action_discrete" if "action_discrete" in meta else "discrete"]
         return EnvSpec(image, vector_dim, meta["action_dim"], discrete)
 
-    def announce_settings(self) -> None:
-        """Say which settings we cannot have: should the numbers differ, that is why."""
-        for pattern, want in self.fixed.items():
-            for key, value in self.config.items():
-                if re.fullmatch(pattern, key) and value != want:
-                    self.report.say(f"note: setting {key} = {value}; ours is always {want}")
-
-    # ------------------------------------------------------------------------------------------- networks
+    # ------------------------------------------------------------------------------------- networks
     def sized_networks(self) -> list[tuple[object, str, object]]:
         """Patches that give each network its own sizes while the shipped `Agent` builds itself."""
         def with_sizes(shipped, key):
@@ -362,9 +364,9 @@ class Twin:
     def places(self, path: str, numbers: dict[str, Tensor]) -> Tensor:
         """Their parameter `path`, in its own layout, as places in the flat vector of all of ours.
 
-        `numbers`: those places by our names, shaped like our parameters. Linear kernels are (in, out) in
-        theirs; convolutions (height, width, in, out); transposed ones (height, width, out, in), in JAX also
-        `flipped`: theirs correlates with the kernel, torch with the flipped one.
+        `numbers`: those places by our names, shaped like our parameters. Linear kernels are (in,
+        out) in theirs; convolutions (height, width, in, out); transposed ones (height, width, out,
+        in), in JAX also `flipped`: theirs correlates with the kernel, torch with the flipped one.
         """
         name = path
         for pattern, new in self.rename:
@@ -373,7 +375,8 @@ class Twin:
         place = numbers.get(name) if None in parts else torch.cat(parts, 1)
         if place is None:
             raise Mismatch(f"no place for {path} ({name})")
-        if key := re.search(self.vector_out, path):  # our decoder has one output layer for all vectors
+        if key := re.search(self.vector_out,
+                            path):  # our decoder has one output layer for all vectors
             place = place[self.columns[key[1]]]
         if path.endswith("kernel"):
             place = place.T if place.ndim == 2 else place.permute(2, 3, 1, 0)
@@ -391,9 +394,11 @@ class Twin:
         self.numbers = {name: block.view(params[name].shape) for name, block in zip(params, blocks)}
         flat = torch.zeros(sum(sizes))
         for path in self.paths:
-            array, self.index[path] = self.fixture.tensor(self.init + path), self.places(path, self.numbers)
+            array = self.fixture.tensor(self.init + path)
+            self.index[path] = self.places(path, self.numbers)
             if self.index[path].shape != array.shape:
-                raise Mismatch(f"{path} is {tuple(array.shape)}, ours {tuple(self.index[path].shape)}")
+                ours = tuple(self.index[path].shape)
+                raise Mismatch(f"{path} is {tuple(array.shape)}, ours {ours}")
             flat[self.index[path]] = array
         filled = torch.bincount(torch.cat([index.flatten() for index in self.index.values()]),
                                 minlength=len(flat))
@@ -413,7 +418,7 @@ class Twin:
             flat[place], known[place] = value.detach(), True
         return {path: flat[index] for path, index in self.index.items() if known[index].all()}
 
-    # ---------------------------------------------------------------------------------------------- inputs
+    # --------------------------------------------------------------------------------------- inputs
     def batch(self, n: int):
         """Their batch `n`, time-major, each row with the action chosen there."""
         def get(key):
@@ -433,12 +438,13 @@ class Twin:
     def seen(self, batch, t: int):
         """What the environments would show at time `t` of a batch; time 0 begins an episode."""
         zeros, first = np.zeros(self.rows, np.float32), batch.is_first[t].cpu().numpy() | (t == 0)
-        image, vector = (None if x is None else x[t].cpu().numpy() for x in (batch.image, batch.vector))
+        image, vector = (None if x is None else x[t].cpu().numpy()
+                         for x in (batch.image, batch.vector))
         return self.script.EnvStep(image, vector, zeros, first, zeros > 0, zeros > 0, zeros, zeros)
 
-    # -------------------------------------------------------------------------------------------- running
+    # -------------------------------------------------------------------------------------- running
     def acted(self, steps: int, then=lambda state, obs: state) -> Iterator[tuple]:
-        """Act on the observations of batch 1, `then` explore: time, state before and after, posterior."""
+        """Act on batch 1, `then` explore: time, state before and after, posterior."""
         batch, state, log = self.batch(1), self.agent.zero_state(self.rows), {}
         for t in range(steps):
             with patched(recorder(log, self.script.RSSM, "observe")):
@@ -454,13 +460,15 @@ class Twin:
         """Embedding, deter, stoch, posterior, prior and feature of every replayed step."""
         d, model = self.script, self.agent.world_model
         embed = model.encoder(d.centre(batch.image), batch.vector)
-        deter, stoch, raw = model.rssm.observe(embed, d.previous_actions(batch, carry.action), batch.is_first,
+        deter, stoch, raw = model.rssm.observe(embed, d.previous_actions(batch, carry.action),
+                                               batch.is_first,
                                                carry.deter, carry.stoch)
         feat = torch.cat([deter, stoch], -1)
         return embed, deter, stoch, model.rssm.latent(raw), model.rssm.prior(deter), feat
 
     def recorded(self, batch, carry, after: dict, *more) -> SimpleNamespace:
-        """Run `train_step`; its metrics, the calls of the shipped functions, and each optimiser's part.
+        """Run `train_step`; its metrics, the calls of the shipped functions, and each optimiser's
+        part.
 
         `after`: function -> what is done to its result. `more`: further recorders, from a log."""
         log, d = {}, self.script
@@ -483,7 +491,7 @@ class Twin:
         """Our name of a loss term -> what is left of its scale after our flags."""
         return {}
 
-    # ---------------------------------------------------------------------------------------- comparisons
+    # ---------------------------------------------------------------------------------- comparisons
     def check(self) -> None:
         """Acting, then one update for each batch of the fixture (three)."""
         with patched(*rule(self.script)):
@@ -497,7 +505,8 @@ class Twin:
     def check_update(self, n: int) -> None:
         raise NotImplementedError
 
-    def compare(self, key: str, ours, kind: str = "forward", scale=None, steps: slice | None = None) -> None:
+    def compare(self, key: str, ours, kind: str = "forward", scale=None,
+                steps: slice | None = None) -> None:
         """Compare one array, or some of its steps, if the fixture has it."""
         if key in self.fixture:
             expected = self.fixture[key] if steps is None else self.fixture[key][steps]
@@ -524,7 +533,8 @@ class Twin:
     def check_parameters(self, prefix: str) -> None:
         if self.fixture.under(prefix):
             params = list(self.agent.parameters())
-            self.report.check_all(self.fixture, prefix, self.in_their_layout(params, params), "parameter")
+            self.report.check_all(self.fixture, prefix, self.in_their_layout(params, params),
+                                  "parameter")
 
     def start_order(self, x: Tensor) -> Tensor:
         """Sort our imagination columns n = t * B + b like theirs, n = b * T + t."""
@@ -534,7 +544,7 @@ class Twin:
         return flat.unflatten(-1, (self.args.stoch, -1))
 
 
-# ------------------------------------------------------------------------------------------ the whole of it
+# ---------------------------------------------------------------------------------- the whole of it
 def check_coverage(report: Report, fixture: Fixture, ignored: dict[str, str]) -> None:
     """Every array must have been read, or be on the list of those that have a reason not to be."""
     left = set(fixture.arrays) - fixture.read
@@ -574,7 +584,7 @@ def main(argv: list[str], quiet: bool = False) -> int:
     if not names:
         print(f"no fixture (*.npz) in {folder}", file=sys.stderr)
         return 2
-    torch.backends.cudnn.allow_tf32 = False  # convolutions on a GPU; for products that is the default
+    torch.backends.cudnn.allow_tf32 = False  # for products that is the default
     torch.set_num_threads(1)  # the networks are tiny, and sums come out the same everywhere
     version = importlib.import_module(f"tests.parity_{options.version}")
     report = Report(quiet, options.slack)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 import dreamer_v1 as d1
-from common.envs import EnvSpec
+from common.spaces import EnvSpec
 from tests import parity
-from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient, patched,
+from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient,
+                          patched,
                           recorder, shipped_losses)
+from tests.tiny import plain_args
 
 IGNORED = {
     "step1/reward_preprocessed": "what is made of it is compared as reward_logprob",
@@ -31,17 +33,16 @@ def tolerance(fixture: Fixture) -> dict[str, float]:
     return {"forward": 1e-5, "gradient": 1e-4, "parameter": 2e-6, "exact": 0.0}
 
 
-# ---------------------------------------------------------------------------------- an agent like theirs
+# ----------------------------------------------------------------------------- an agent like theirs
 class Twin(parity.Twin):
     """Our agent with the sizes, settings and weights of a fixture."""
 
     script = d1
-    fixed = {r"dense_act": "elu", r"cnn_act": "relu", r"weight_decay": 0.0, r"precision": 32,
-             r"eval_noise": 0.0}
     swapped = r"^(decode/h1|(reward|pcont|value|actor)/h0)/kernel$"
     rename = [
-        (r"^value/", "critic/head/"), (r"^actor/", "actor/head/"), (r"^reward/", "world_model/reward_head/"),
-        (r"^pcont/", "world_model/cont_head/"), (r"_head/h(\d+)/|/head/h(\d+)/",
+        (r"^value/", "critic/head/"), (r"^actor/", "actor/head/"),
+        (r"^reward/", "world_model/reward_head/"),
+        (r"^pcont/", "world_model/discount_head/"), (r"_head/h(\d+)/|/head/h(\d+)/",
                                                  lambda m: m[0].replace("/h" + (m[1] or m[2]) + "/",
                                                                         f"/mlp/{m[1] or m[2]}/")),
         (r"/hout/", "/out/"), (r"^decode/h1/", "world_model/decoder/cnn_in/"),
@@ -57,12 +58,15 @@ class Twin(parity.Twin):
         if c["action_dist"] != ("onehot" if self.spec.discrete else "tanh_normal"):
             raise Mismatch(f"action_dist {c['action_dist']}; ours follows from the kind of actions")
         learning = {f"{ours}_{key}": value for ours, theirs in self.theirs.items()
-                    for key, value in (("lr", c[f"{theirs}_lr"]), ("eps", 1e-7), ("clip", c["grad_clip"]))}
-        return d1.Args(
-            size="XXS", amp="off", seed=0, batch_size=self.rows, batch_length=self.length,
-            deter=c["deter_size"], hidden=c["deter_size"], stoch=c["stoch_size"], units=c["num_units"],
+                    for key, value in (("lr", c[f"{theirs}_lr"]), ("eps", 1e-7),
+                                       ("clip", c["grad_clip"]))}
+        return plain_args(
+            d1, batch_size=self.rows, batch_length=self.length,
+            deter=c["deter_size"], hidden=c["deter_size"], stoch=c["stoch_size"],
+            units=c["num_units"],
             reward_layers=self.layers("reward"), critic_layers=self.layers("value"),
-            pcont_layers=self.layers("pcont"), actor_layers=self.layers("actor"), depth=c["cnn_depth"],
+            pcont_layers=self.layers("pcont"), actor_layers=self.layers("actor"),
+            depth=c["cnn_depth"],
             pcont=c["pcont"], pcont_scale=c["pcont_scale"], kl_scale=c["kl_scale"],
             free_nats=c["free_nats"], clip_rewards=c["clip_rewards"], imag_horizon=c["horizon"],
             gamma=c["discount"], return_lambda=c["disclam"], actor_init_std=c["action_init_std"],
@@ -71,9 +75,11 @@ class Twin(parity.Twin):
 
     def layers(self, head: str) -> int:
         """Hidden layers of a head, which are no setting in theirs; 1 if they have no such head."""
-        return max(1, len([path for path in self.paths if re.fullmatch(head + r"/h\d+/bias", path)]))
+        return max(1, len([path for path in self.paths if re.fullmatch(head + r"/h\d+/bias",
+                                                                       path)]))
 
-    theirs = {"model": "model", "actor": "actor", "critic": "value"}  # their names of the optimisers
+    theirs = {"model": "model", "actor": "actor",
+              "critic": "value"}  # their names of the optimisers
 
     def places(self, path: str, numbers: dict[str, Tensor]) -> Tensor:
         """The GRU's gates are z, r, h in theirs, r, z, n in ours; its two biases are one array."""
@@ -94,7 +100,7 @@ class Twin(parity.Twin):
             raise Mismatch("a discount that is neither 0 nor 1")
         return torch.zeros_like(discount, dtype=torch.bool), discount == 0
 
-    # ------------------------------------------------------------------------------------ comparisons
+    # ---------------------------------------------------------------------------------- comparisons
     @torch.no_grad()
     def check_acting(self) -> None:
         """Acting on two observations of batch 1; discrete actions have no noise in the fixtures."""
@@ -126,48 +132,53 @@ class Twin(parity.Twin):
         self.check_parameters(f"after{n}/")
 
     def probe(self, batch: d1.Batch, carry: d1.State) -> dict[str, Tensor]:
-        """What the world model computes on the way to its losses, asked of its modules: their names."""
+        """What the world model computes on the way to its losses, by their names."""
         model = self.agent.world_model
         embed, deter, stoch, post, prior, feat = self.posterior(batch, carry)
         found = {"embed": embed, "feat": torch.cat([stoch, deter], -1), "kl": post.kl(prior),
-                 "reward_mean": model.reward(feat).mean(), "post/mean": post.mean, "post/std": post.std,
+                 "reward_mean": model.reward(feat).mean(), "post/mean": post.mean,
+                 "post/std": post.std,
                  "prior/mean": prior.mean, "prior/std": prior.std, "prior/deter": deter,
                  "prior/stoch": prior.sample(), "image_mean": model.decoder.image(feat)}
         if self.args.pcont:
-            found["pcont_logit"] = model.cont(feat).logit
+            found["pcont_logit"] = model.discount(feat).logit
             found["pcont_target"] = self.args.gamma * (~batch.is_terminal).float()
         return {name: batch_major(x) for name, x in found.items()} | {
             "image_preprocessed_0_0": d1.centre(batch.image)[0, 0]}
 
     def check_world_model(self, n, call, before) -> None:
         """Posterior, prior, heads, and every loss term."""
-        prefix, args, image, call = f"step{n}/", self.args, before.pop("image_mean"), call.world_model_loss
+        prefix, args, call = f"step{n}/", self.args, call.world_model_loss
+        image = before.pop("image_mean")
         losses, deter, stoch, _ = call.result
         self.compare_all(prefix, before)
-        self.compare_all(prefix + "post/", {"deter": batch_major(deter), "stoch": batch_major(stoch)})
+        self.compare_all(prefix + "post/", {"deter": batch_major(deter),
+                                            "stoch": batch_major(stoch)})
         self.compare_image(prefix, image)
         for name, theirs, scale in (("image", "image", 1.0), ("reward", "reward", 1.0),
-                                    ("cont", "pcont", args.pcont_scale)):
+                                    ("discount", "pcont", args.pcont_scale)):
             if name in losses:
                 self.compare(f"{prefix}{theirs}_logprob", -batch_major(losses[name] / scale))
                 self.compare(f"{prefix}like_{theirs}", -losses[name].mean())
         total = sum(loss.mean() for loss in call.scaled.values())
-        self.compare_all(prefix, {"div": losses["kl"] / args.kl_scale, "div_raw": before["kl"].mean(),
+        self.compare_all(prefix, {"div": losses["kl"] / args.kl_scale,
+                                  "div_raw": before["kl"].mean(),
                                   "model_loss": total})
 
     @torch.no_grad()
     def probe_imagination(self, feat: Tensor, call: SimpleNamespace) -> Tensor:
-        """What actor and heads say of imagined states, asked while their weights are the old ones."""
+        """What actor and heads say of imagined states while their weights are the old ones."""
         agent, model = self.agent, self.agent.world_model
         policy, prior = agent.actor.policy(agent.actor(feat[:-1])), None
         deter, stoch = feat[1:].split([self.args.deter, self.args.stoch], -1)
         prior = model.rssm.prior(deter)
         call.found = {"deter": deter, "stoch": stoch, "feat": torch.cat([stoch, deter], -1),
                       "mean": prior.mean, "std": prior.std, "action": policy.sample(),
-                      "reward": model.reward(feat[1:]).mean(), "value": agent.critic(feat[1:]).mean()}
+                      "reward": model.reward(feat[1:]).mean(),
+                      "value": agent.critic(feat[1:]).mean()}
         call.found["pcont"] = torch.full_like(call.found["value"], self.args.gamma)
         if self.args.pcont:
-            call.found["pcont"] = model.cont(feat[1:]).mean()
+            call.found["pcont"] = model.discount(feat[1:]).mean()
         call.found |= {"actor_logits": policy.raw} if self.spec.discrete else {
             "actor_mean": policy.mean, "actor_std": policy.std}
         return feat
@@ -183,25 +194,27 @@ class Twin(parity.Twin):
         for name, x in (("reward", returns.reward), ("pcont", returns.discount)):
             self.compare(prefix + name, order(x), steps=slice(0, len(x)))
         self.compare(prefix + "value", order(returns.next_value), steps=slice(1, None))
-        size = float((call.actor_loss.weight * call.actor_loss.ret).abs().max())  # a mean of both signs
+        # It is a mean of numbers of both signs.
+        size = float((call.actor_loss.weight * call.actor_loss.ret).abs().max())
         self.compare(f"step{n}/actor_loss", call.actor_loss.result, scale=size)
         self.compare(f"step{n}/value_loss", critic.result)
 
 
-# ---------------------------------------------------------------------------------------- single pieces
+# ------------------------------------------------------------------------------------ single pieces
 def check_math(report: Report, fixture: Fixture) -> None:
     """Every unit-level quantity of `math.npz` that our code has."""
     checks = {"lam": math_returns, "traj": math_losses, "kl": math_kl, "like": math_likelihoods,
-              "pre": math_inputs, "actor": math_actor, "onehot": math_one_hot, "adam": math_optimizer}
+              "pre": math_inputs, "actor": math_actor, "onehot": math_one_hot,
+              "adam": math_optimizer}
     for prefix, check in checks.items():
         if fixture.under(prefix + "/"):
             check(report, fixture, prefix + "/")
 
 
 def flags(**given) -> d1.Args:
-    return d1.Args(**({"size": "XXS", "pcont": False, "kl_scale": 1.0, "free_nats": 3.0,
-                       "clip_rewards": "none", "return_lambda": 0.95, "actor_min_std": 1e-4,
-                       "amp": "off"} | given))
+    return plain_args(d1, **{"pcont": False, "kl_scale": 1.0, "free_nats": 3.0,
+                             "clip_rewards": "none", "return_lambda": 0.95,
+                             "actor_min_std": 1e-4} | given)
 
 
 def math_returns(report: Report, fixture: Fixture, prefix: str) -> None:
@@ -214,12 +227,13 @@ def math_returns(report: Report, fixture: Fixture, prefix: str) -> None:
             continue
         last = torch.zeros_like(bootstrap) if given == "boot_none_" else bootstrap
         discount = torch.full_like(cont, 0.99) if given == "pcont0.99_" else cont
-        ours = d1.lambda_return(reward, discount, torch.cat([value[1:], last[None]]), float(lambda_))
+        ours = d1.lambda_return(reward, discount, torch.cat([value[1:], last[None]]),
+                                float(lambda_))
         compare(report, fixture, prefix, {f"ret_{key}": ours})
 
 
 def math_losses(report: Report, fixture: Fixture, prefix: str) -> None:
-    """Returns, weights and losses as `Agent.learn` makes them, with heads that say what lam/* says."""
+    """Returns, weights and losses of `Agent.learn`, with heads that say what lam/* says."""
     reward, value, cont = (fixture.tensor(f"lam/{key}") for key in ("reward", "value", "pcont"))
     (steps, rows), log = reward.shape, {}
     args = flags(pcont=True, imag_horizon=steps, batch_size=rows, batch_length=2)
@@ -234,7 +248,7 @@ def math_losses(report: Report, fixture: Fixture, prefix: str) -> None:
 
     grads = d1.Optimizer, "grads", lambda self, loss, **_: tuple(map(torch.zeros_like, self.params))
     with patched(head(d1.WorldModel, "reward", reward, d1.Normal),
-                 head(d1.WorldModel, "cont", cont.logit(), d1.Bernoulli),
+                 head(d1.WorldModel, "discount", cont.logit(), d1.Bernoulli),
                  head(d1.Critic, "forward", value, d1.Normal), grads,
                  *(recorder(log, d1, name) for name in ("actor_loss", "critic_loss"))):
         agent.learn(batch, agent.zero_state(rows))
@@ -244,7 +258,7 @@ def math_losses(report: Report, fixture: Fixture, prefix: str) -> None:
 
 
 def latent(mean: Tensor, std: Tensor) -> d1.Latent:
-    """A latent with this deviation; the class itself is made from what comes before the softplus."""
+    """A latent with this deviation; the class itself takes what comes before the softplus."""
     made = d1.Latent.__new__(d1.Latent)
     d1.Gaussian.__init__(made, mean, std)
     return made
@@ -254,20 +268,23 @@ def math_kl(report: Report, fixture: Fixture, prefix: str) -> None:
     """KL of normals, and its loss with free nats for the mean: the gradient stops below them."""
     leaves = {f"{side}_{key}": fixture.leaf(f"{prefix}{side}_{key}")
               for side in ("post", "prior") for key in ("mean", "std")}
-    post, prior = (latent(leaves[f"{side}_mean"], leaves[f"{side}_std"]) for side in ("post", "prior"))
+    post, prior = (latent(leaves[f"{side}_mean"], leaves[f"{side}_std"])
+                   for side in ("post", "prior"))
     kl = post.kl(prior)
-    compare(report, fixture, prefix, {"value": kl, "mean": kl.mean(), "entropy_post": post.entropy()})
+    compare(report, fixture, prefix, {"value": kl, "mean": kl.mean(),
+                                      "entropy_post": post.entropy()})
     for key in fixture.under(prefix + "loss_free"):
         loss = shipped_losses(d1, flags(free_nats=float(key)), kl.shape, post, prior)["kl"]
         compare(report, fixture, prefix, {f"loss_free{key}": loss}, {
-            f"grad_{name}_free{key}": grad for name, grad in zip(leaves, gradient(loss, *leaves.values()))})
+            f"grad_{name}_free{key}": grad for name, grad in zip(leaves,
+                                                                 gradient(loss, *leaves.values()))})
 
 
 def math_likelihoods(report: Report, fixture: Fixture, prefix: str) -> None:
     """Log-probabilities of images, rewards and discounts.
 
-    Their library read the discounts, a numpy array here, as integers: 0.99 became 0. In training they are
-    tensors and stay what they are; pcont_logprob of an agent compares those.
+    Their library read the discounts, a numpy array here, as integers: 0.99 became 0. In training
+    they are tensors and stay what they are; pcont_logprob of an agent compares those.
     """
     def get(key):
         return fixture.tensor(prefix + key)
@@ -305,10 +322,12 @@ def math_one_hot(report: Report, fixture: Fixture, prefix: str) -> None:
     policy = d1.Actor(flags(), EnvSpec(None, 1, raw.shape[-1], True), 1).policy(raw)
     sample = policy.sample()
     weighted = (sample * fixture.tensor(prefix + "weights")).sum()
-    compare(report, fixture, prefix, {"sample_argmax": sample, "probs": policy.probs, "mode": policy.mode()},
+    compare(report, fixture, prefix, {"sample_argmax": sample, "probs": policy.probs,
+                                      "mode": policy.mode()},
             {"grad_logits_of_sum_weights_sample": gradient(weighted, raw)[0]})
 
 
 def math_optimizer(report: Report, fixture: Fixture, prefix: str) -> None:
     """Clipping and Adam for gradients that are given, with the settings of their world model."""
-    check_steps(report, fixture, prefix, lambda params: d1.Optimizer(torch.nn.ParameterList(params), 6e-4, 1e-7, 100.0))
+    check_steps(report, fixture, prefix, lambda params: d1.Optimizer(torch.nn.ParameterList(params),
+                                                                     6e-4, 1e-7, 100.0))

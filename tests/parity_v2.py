@@ -12,18 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dreamer_v2 as d2
-from common.envs import EnvSpec
+from common.spaces import EnvSpec
 from tests import parity
-from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient, patched,
+from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient,
+                          patched,
                           per_step, recorder, shipped_losses)
+from tests.tiny import plain_args
 
 IGNORED = {
     "batch*/is_last": "the algorithm does not use it",
     "step1/data/*": "inputs; what is made of them is compared as like/*, loss/* and imag/discount",
     "step*/metric/actor_ent_scale": "a setting",
-    "step*/metric/reward_normed_*": "the normalisation is switched off in every setting of the authors",
+    "step*/metric/reward_normed_*": "switched off in every setting of theirs",
     "klgauss/*": "V2 has no Gaussian latents here", "stdact/*": "V2 has no Gaussian latents here",
-    "kl/combo[13]/*": "free nats for each element (free_avg False), which no setting of theirs uses",
+    "kl/combo[13]/*": "free nats for each element (free_avg False), which they never use",
     "kl/combo18/*": "the other direction of the KL (forward True), which no setting of theirs uses",
     "kl/combo19/*": "the same", "kl/combo2[01]/*": "the same",
     "kl/free_median": "stands in kl/combos, too",
@@ -31,7 +33,8 @@ IGNORED = {
     "weight/*_noterm": "training always knows the recorded flags",
     "trunc/mean": "the algorithm does not use it",
     "tanhnormal/*": "a policy that none of their settings uses",
-    "streamnorm*": "switched off in every setting of theirs", "schedule/*": "every setting is constant",
+    "streamnorm*": "switched off in every setting of theirs",
+    "schedule/*": "every setting is constant",
     "noise/*": "their exploration noise is 0",
 }
 RMS = False  # the scale of a gradient is its maximum
@@ -39,22 +42,15 @@ RMS = False  # the scale of a gradient is its maximum
 
 def tolerance(fixture: Fixture) -> dict[str, float]:
     layer_norm = fixture.meta.get("config", {}).get("rssm.norm") == "layer"
-    return {"forward": 1e-5, "gradient": 1e-4, "parameter": 5e-6 if layer_norm else 2e-6, "exact": 0.0}
+    return {"forward": 1e-5, "gradient": 1e-4, "parameter": 5e-6 if layer_norm else 2e-6,
+            "exact": 0.0}
 
 
-# ---------------------------------------------------------------------------------- an agent like theirs
+# ----------------------------------------------------------------------------- an agent like theirs
 class Twin(parity.Twin):
     """Our agent with the sizes, settings and weights of a fixture."""
 
     script = d2
-    fixed = {
-        r".*\.act": "elu", r"rssm\.ensemble": 1, r"reward_head\.dist|critic\.dist": "mse",
-        r"discount_head\.dist": "binary", r"actor\.dist": "auto", r"encoder\.cnn_kernels": [4, 4, 4, 4],
-        r"decoder\.cnn_kernels": [5, 5, 6, 6], r"kl\.forward": False, r"kl\.free_avg": True,
-        r"(model|actor|critic)_opt\.opt": "adam", r"slow_target": True, r"reward_norm\.momentum": 1.0,
-        r"reward_norm\.scale": 1.0, r"precision": 32, r"expl_behavior": "greedy", r"expl_noise": 0.0,
-        r"eval_noise": 0.0, r"eval_state_mean": False,
-    }
     swapped = (r"^(decoder/(convin|dense0)|(reward|discount|actor|critic|target_critic)/dense0"
                r"|rssm/gru/dense)/kernel$")
     vector_out = r"^decoder/dense_(.*)/out/"
@@ -62,7 +58,7 @@ class Twin(parity.Twin):
         (r"^target_critic/", "slow_critic/head/"), (r"^critic/", "critic/head/"),
         (r"^actor/out/std/", "actor/std/"), (r"^actor/(?!std)", "actor/head/"),
         (r"^(encoder|decoder|rssm|reward|discount)/", r"world_model/\1/"),
-        (r"/discount/", "/cont_head/"), (r"/reward/", "/reward_head/"), (r"/convin/", "/cnn_in/"),
+        (r"/discount/", "/discount_head/"), (r"/reward/", "/reward_head/"), (r"/convin/", "/cnn_in/"),
         (r"/conv(\d+)/", lambda m: f"/cnn/{2 * int(m[1])}/"),
         (r"/convnorm(\d+)/", lambda m: f"/cnn/{2 * int(m[1]) + 1}/0/"),
         (r"/decoder/dense_.*/out/", "/decoder/vector_head/out/"),
@@ -73,43 +69,32 @@ class Twin(parity.Twin):
         (r"/dense(\d+)/", r"/mlp/\1/"), (r"/out/out/", "/out/"), (r"/(kernel|gamma)$", "/weight"),
         (r"/beta$", "/bias"), (r"/", "."),
     ]
-    sized_classes = {"Encoder": "encoder", "Decoder": "decoder", "Actor": "actor", "Critic": "critic"}
-    sized_heads = {"reward_head": "reward_head", "cont_head": "discount_head"}
-
     def sized_networks(self) -> list[tuple[object, str, object]]:
         """With layer norms, if they have some, which is a setting that our script leaves out."""
-        norms = {value for key, value in self.config.items() if key.endswith(".norm") and "expl" not in key}
+        norms = {value for key, value in self.config.items() if key.endswith(".norm")
+                 and "expl" not in key}
         if len(norms) > 1:
             raise Mismatch(f"norms {norms}; every network of ours has them, or none has")
         return super().sized_networks() + (layer_norms() if norms == {"layer"} else [])
 
     def make_args(self) -> d2.Args:
         c = self.config
-        pcont, heads = c["pred_discount"], ["decoder", "reward"] + ["discount"] * c["pred_discount"]
-        if sorted(c["grad_heads"]) != sorted(heads):
-            raise Mismatch(f"grad_heads {c['grad_heads']}; ours are always {heads}")
-        return d2.Args(
-            size="XXS", amp="off", seed=0, batch_size=self.rows, batch_length=self.length,
+        pcont, mlp = c["pred_discount"], c["encoder.mlp_layers"]
+        return plain_args(
+            d2, batch_size=self.rows, batch_length=self.length,
             deter=c["rssm.deter"], hidden=c["rssm.hidden"], stoch=c["rssm.stoch"],
-            classes=c["rssm.discrete"], kl_scale=c["loss_scales.kl"], kl_balance=c["kl.balance"],
+            units=c["actor.units"], layers=c["actor.layers"], depth=c["encoder.cnn_depth"],
+            mlp_units=mlp[0], mlp_layers=len(mlp), classes=c["rssm.discrete"],
+            kl_scale=c["loss_scales.kl"], kl_balance=c["kl.balance"],
             free_nats=c["kl.free"], pcont=pcont, pcont_scale=c["loss_scales.discount"],
             clip_rewards={"identity": "none"}.get(c["clip_rewards"], c["clip_rewards"]),
             imag_horizon=c["imag_horizon"], gamma=c["discount"], return_lambda=c["discount_lambda"],
-            actor_grad=c["actor_grad"], actor_grad_mix=c["actor_grad_mix"], actor_entropy=c["actor_ent"],
+            actor_grad=c["actor_grad"], actor_grad_mix=c["actor_grad_mix"],
+            actor_entropy=c["actor_ent"],
             actor_min_std=c["actor.min_std"], weight_decay=c["model_opt.wd"],
             slow_every=c["slow_target_update"], slow_fraction=c["slow_target_fraction"],
             **{f"{ours}_{key}": c[f"{ours}_opt.{key}"]
                for ours in ("model", "actor", "critic") for key in ("lr", "eps", "clip")})
-
-    def sized(self, network: str) -> d2.Args:
-        c, changes = self.config, {}
-        for ours, key in (("units", "units"), ("layers", "layers"), ("depth", "cnn_depth")):
-            changes[ours] = c.get(f"{network}.{key}")
-        if widths := c.get(f"{network}.mlp_layers"):
-            if len(set(widths)) > 1:
-                raise Mismatch(f"{network}.mlp_layers are {widths}; ours have all the same width")
-            changes |= {"mlp_units": widths[0], "mlp_layers": len(widths)}
-        return replace(self.args, **{k: v for k, v in changes.items() if v is not None})
 
     def loss_scales(self) -> dict[str, float]:
         """What is left of the scales after our flags; theirs of a reconstruction go by its name."""
@@ -131,10 +116,10 @@ class Twin(parity.Twin):
         """Their actions (T, B, A), which led to the observations."""
         return batch_major(self.fixture.tensor(f"batch{n}/action"))
 
-    # ------------------------------------------------------------------------------------ comparisons
+    # ---------------------------------------------------------------------------------- comparisons
     @torch.no_grad()
     def check_acting(self) -> None:
-        """Acting on two observations of batch 1, a carried state, open-loop prediction: initial weights."""
+        """Acting on two observations, a carried state, open-loop prediction: initial weights."""
         batch, rssm = self.batch(1), self.agent.world_model.rssm
         for t, before, state, latent in self.acted(self.observed()):
             self.compare(f"policy/obs{t + 1}_action", state.action)
@@ -144,7 +129,8 @@ class Twin(parity.Twin):
             self.compare(f"policy/obs{t + 1}_eval_action", greedy.action)
 
         embed, deter, stoch, *_ = self.posterior(batch, self.carry(1))
-        found = rssm.observe(embed, self.actions(1), torch.zeros_like(self.batch(1).is_first), deter[-1],
+        found = rssm.observe(embed, self.actions(1), torch.zeros_like(self.batch(1).is_first),
+                             deter[-1],
                              stoch[-1])
         self.compare_all("carry/post/", {key: batch_major(x) for key, x in zip(
             ("deter", "stoch", "logit"), (found[0], *map(self.groups, found[1:])))})
@@ -156,7 +142,7 @@ class Twin(parity.Twin):
             ("deter", "stoch", "logit"), zip(*steps))})
 
     def carry(self, n: int) -> d2.State:
-        """The last posterior of the update before, and the action that led to the first observation."""
+        """The last posterior of the update before, and the action that led to the window."""
         state = self.agent.zero_state(self.rows) if n == 1 else self.last
         return state._replace(action=self.actions(n)[0])
 
@@ -179,18 +165,20 @@ class Twin(parity.Twin):
         self.check_parameters(f"after{n}/")
 
     def probe(self, batch: d2.Batch, carry: d2.State) -> dict[str, Tensor]:
-        """What the world model computes on the way to its losses, asked of its modules: their names."""
+        """What the world model computes on the way to its losses, by their names."""
         model = self.agent.world_model
         embed, deter, stoch, post, prior, feat = self.posterior(batch, carry)
         found = {"embed": embed, "feat": torch.cat([stoch, deter], -1), "post/logit": post.raw,
-                 "prior/logit": prior.raw, "prior/deter": deter, "prior/stoch": self.groups(prior.sample()),
+                 "prior/logit": prior.raw, "prior/deter": deter,
+                 "prior/stoch": self.groups(prior.sample()),
                  "kl_value": post.kl(prior), "reward_head_out": model.reward(feat).mean(),
                  "post_ent": post.entropy(), "prior_ent": prior.entropy()}
         if self.args.pcont:
-            found["discount_head_out"] = model.cont(feat).logit
+            found["discount_head_out"] = model.discount(feat).logit
         if self.vectors:
             vector = model.decoder.vector(feat)
-            found |= {f"decoded/{key}": vector[..., columns] for key, columns in self.columns.items()}
+            found |= {f"decoded/{key}": vector[..., columns]
+                      for key, columns in self.columns.items()}
         if self.images:
             found["image"] = model.decoder.image(feat)
         return {name: batch_major(x) for name, x in found.items()}
@@ -203,8 +191,9 @@ class Twin(parity.Twin):
         if image is not None:
             self.compare_image(prefix, image)
 
-        names = {"reward": ["reward"], "cont": ["discount"], "image": self.images, "vector": self.vectors}
-        scales = {"cont": args.pcont_scale, "kl": args.kl_scale}
+        names = {"reward": ["reward"], "discount": ["discount"], "image": self.images,
+                 "vector": self.vectors}
+        scales = {"discount": args.pcont_scale, "kl": args.kl_scale}
         for name, loss in call.result[0].items():
             unscaled = loss / scales.get(name, 1.0)
             if name == "kl":
@@ -214,7 +203,7 @@ class Twin(parity.Twin):
             for folder, ours in (("like/{}", -batch_major(unscaled)), ("loss/{}", unscaled.mean()),
                                  ("metric/{}_loss", unscaled.mean())):
                 keys = [prefix + folder.format(key) for key in names[name]]
-                if keys[0] in self.fixture:  # ours has one term for all vectors, theirs one for each
+                if keys[0] in self.fixture:  # theirs has one term for each vector
                     self.report.check("+".join(keys), ours, sum(self.fixture[key] for key in keys))
         total = sum(loss.mean() for loss in call.scaled.values())
         self.compare_all(prefix, {"model_loss": total, "metric/model_loss": total,
@@ -224,7 +213,7 @@ class Twin(parity.Twin):
 
     @torch.no_grad()
     def check_behaviour(self, n, call, before) -> None:
-        """Imagination, returns, both losses. Theirs has a discount, a weight, ... at state H as well."""
+        """Imagination, returns, both losses. Theirs has a discount, ... at state H as well."""
         model, order, prefix = self.agent.world_model, self.start_order, f"step{n}/imag/"
         feat, action, _ = call.imagine.result
         deter, stoch = feat.split([self.args.deter, feat.shape[-1] - self.args.deter], -1)
@@ -234,11 +223,13 @@ class Twin(parity.Twin):
         log_prob = critic.value_dist.log_prob(critic.ret)
         elements = per_step(d2.actor_loss, actor)
         found = {"deter": deter, "stoch": self.groups(stoch), "feat": torch.cat([stoch, deter], -1),
-                 "reward": reward, "reward_raw": reward, "value_slow": value, "target": returns.result,
+                 "reward": reward, "reward_raw": reward, "value_slow": value,
+                 "target": returns.result,
                  "critic_mean": critic.value_dist.mean(), "critic_logprob": log_prob,
                  "baseline": actor.baseline, "entropy": actor.policy.entropy()}
         if self.spec.discrete:
-            found |= {"policy_logits": actor.policy.raw, "logprob": actor.policy.log_prob(actor.action)}
+            found |= {"policy_logits": actor.policy.raw,
+                      "logprob": actor.policy.log_prob(actor.action)}
         else:
             found |= {"policy_loc": actor.policy.mean, "policy_scale": actor.policy.std}
         self.compare_all(prefix, {name: order(x) for name, x in found.items()})
@@ -251,7 +242,8 @@ class Twin(parity.Twin):
         self.compare(prefix + "logit", before["post/logit"].flatten(0, 1)[None], steps=slice(0, 1))
         size = float(torch.stack([actor.ret, actor.baseline]).abs().max())  # a difference of these
         self.compare(prefix + "advantage", order(actor.ret - actor.baseline), scale=size)
-        self.compare(prefix + "objective_with_entropy", order(-elements), scale=float(elements.abs().max()))
+        self.compare(prefix + "objective_with_entropy", order(-elements),
+                     scale=float(elements.abs().max()))
 
         # A mean of numbers of both signs has the rounding errors of these numbers.
         size = float(elements.abs().max())
@@ -259,7 +251,8 @@ class Twin(parity.Twin):
         for name, (ours, scale) in loss.items():
             self.compare(f"step{n}/{name}_loss", ours, scale=scale)
             self.compare(f"step{n}/metric/{name}_loss", ours, scale=scale)
-        means = {"critic": critic.value_dist.mean(), "critic_slow": value, "critic_target": returns.result,
+        means = {"critic": critic.value_dist.mean(), "critic_slow": value,
+                 "critic_target": returns.result,
                  "reward_mean": reward, "actor_ent": actor.policy.entropy()}
         for name, x in means.items():
             self.compare(f"step{n}/metric/{name}", x.mean(), scale=float(x.abs().max()))
@@ -289,11 +282,12 @@ def layer_norms() -> list[tuple[object, str, object]]:
     return [(d2.Dense, "__init__", init), (nn.Sequential, "extend", extend)]
 
 
-# ---------------------------------------------------------------------------------------- single pieces
+# ------------------------------------------------------------------------------------ single pieces
 def check_math(report: Report, fixture: Fixture) -> None:
     """Every unit-level quantity of `math.npz` that our code has."""
     checks = {"kl": math_kl, "onehot": math_one_hot, "lam": math_returns, "pre": math_inputs,
-              "obj/onehot": math_objectives, "obj/trunc_normal": math_objectives, "slow": math_slow_critic,
+              "obj/onehot": math_objectives, "obj/trunc_normal": math_objectives,
+              "slow": math_slow_critic,
               "weight": math_weights, "trunc": math_truncated_normal, "head": math_heads,
               "gru": math_gru, "ln": math_norm, "adam": math_optimizer}
     for prefix, check in checks.items():
@@ -302,16 +296,16 @@ def check_math(report: Report, fixture: Fixture) -> None:
 
 
 def flags(**given) -> d2.Args:
-    args = d2.Args(**({"size": "XXS", "return_lambda": 0.95, "actor_min_std": 0.1} | given))
-    return replace(args, **{key: x for key, x in d2.TASKS["discrete"].items() if getattr(args, key) is None})
+    return plain_args(d2, **{"return_lambda": 0.95, "actor_min_std": 0.1} | given)
 
 
 def math_kl(report: Report, fixture: Fixture, prefix: str) -> None:
-    """KL balancing with free nats: the rows of `combos` that have our direction and our free nats."""
+    """KL balancing with free nats: the rows of `combos` that are as ours."""
     post, prior = fixture.leaf(prefix + "post_logit"), fixture.leaf(prefix + "prior_logit")
     p, q = (d2.Latent(raw.flatten(-2), raw.shape[2]) for raw in (post, prior))
     compare(report, fixture, prefix, {"value_forward_False": p.kl(q), "entropy_post": p.entropy()})
-    for row, (forward, balance, free, average, loss, value, *norms) in enumerate(fixture[prefix + "combos"]):
+    for row, (forward, balance, free, average, loss, value,
+              *norms) in enumerate(fixture[prefix + "combos"]):
         if forward or balance == 0.5 or (not average and free):
             continue
         args = flags(kl_scale=1.0, kl_balance=round(float(balance), 6), free_nats=float(free))
@@ -356,7 +350,7 @@ def math_inputs(report: Report, fixture: Fixture, prefix: str) -> None:
         compare(report, fixture, prefix, {f"reward_{theirs}": -found})
     for key in fixture.under(prefix + "discount_out_gamma"):
         args = flags(gamma=float(key), pcont=True, pcont_scale=1.0)
-        found = shipped_losses(d2, args, terminal.shape, terminal=terminal)["cont"]
+        found = shipped_losses(d2, args, terminal.shape, terminal=terminal)["discount"]
         compare(report, fixture, prefix, {f"discount_out_gamma{key}": -found})
 
 
@@ -368,7 +362,8 @@ def math_objectives(report: Report, fixture: Fixture, prefix: str) -> None:
                for net in ("actor", "critic", "target_critic")}
     units, layers = weights["critic"]["out/out/kernel"].shape[0], len(weights["critic"]) // 2 - 1
     actions = fixture[prefix + "action"].shape[-1]
-    args = flags(units=units, layers=layers, actor_entropy=float(fixture[prefix + "actor_ent_scale"]),
+    args = flags(units=units, layers=layers,
+                 actor_entropy=float(fixture[prefix + "actor_ent_scale"]),
                  actor_grad_mix=float(fixture[prefix + "actor_grad_mix"]))
     spec, width = EnvSpec(None, 1, actions, "onehot" in prefix), feat.shape[-1]
     nets = {"actor": d2.Actor(args, spec, width), "critic": d2.Critic(args, width),
@@ -376,21 +371,25 @@ def math_objectives(report: Report, fixture: Fixture, prefix: str) -> None:
     params = {name: filled(net, weights[name]) for name, net in nets.items()}
 
     value = nets["target_critic"](feat).mean()
-    ret = d2.lambda_return(fixture.tensor("obj/reward")[:-1], fixture.tensor("obj/discount")[:-1], value[1:],
+    ret = d2.lambda_return(fixture.tensor("obj/reward")[:-1], fixture.tensor("obj/discount")[:-1],
+                           value[1:],
                            args.return_lambda)
     compare(report, fixture, prefix, {"value_slow": value, "target": ret})
     for kind in ("dynamics", "reinforce", "both"):
         mix = d2.Actor(replace(args, actor_grad=kind), spec, width).dynamics
         target, action = fixture.leaf(prefix + "target"), fixture.leaf(prefix + "action")
         policy = nets["actor"].policy(nets["actor"](feat[:-2]))
-        loss, entropy = d2.actor_loss(policy, action[1:-1], target[1:], value[:-2].detach(), weight[:-2], mix,
+        loss, entropy = d2.actor_loss(policy, action[1:-1], target[1:], value[:-2].detach(),
+                                      weight[:-2], mix,
                                       args)
         compare(report, fixture, f"{prefix}{kind}/", {"loss": loss, "actor_ent": entropy.mean()},
                 dict(zip(("grad_target", "grad_action"), gradient(loss, target, action))))
-        report.check_all(fixture, f"{prefix}{kind}/grad/actor/", gradients(loss, params["actor"]), "gradient")
+        report.check_all(fixture, f"{prefix}{kind}/grad/actor/", gradients(loss, params["actor"]),
+                         "gradient")
     loss = d2.critic_loss(nets["critic"](feat[:-1]), fixture.tensor(prefix + "target"), weight[:-1])
     compare(report, fixture, prefix, {"critic/loss": loss})
-    report.check_all(fixture, prefix + "critic/grad/critic/", gradients(loss, params["critic"]), "gradient")
+    report.check_all(fixture, prefix + "critic/grad/critic/", gradients(loss, params["critic"]),
+                     "gradient")
 
 
 def filled(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -398,7 +397,8 @@ def filled(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, nn.Parameter
     params = {}
     for key, array in weights.items():
         layer = net.std if "std" in key else (
-            net.head.out if "out" in key else net.head.mlp[int(key.split("/")[0].removeprefix("dense"))])
+            net.head.out if "out" in key
+            else net.head.mlp[int(key.split("/")[0].removeprefix("dense"))])
         params[key] = getattr(layer, "weight" if "kernel" in key else "bias")
         params[key].data.copy_(array.T if "kernel" in key else array)
     return params
@@ -411,7 +411,8 @@ def gradients(loss: Tensor, params: dict[str, nn.Parameter]) -> dict[str, Tensor
 
 def math_slow_critic(report: Report, fixture: Fixture, prefix: str) -> None:
     """When the slow critic moves, and how far: every second update, by 0.3 (their README)."""
-    nets = {name: nn.Linear(*fixture[prefix + "0/critic"].shape, bias=False) for name in ("fast", "slow")}
+    nets = {name: nn.Linear(*fixture[prefix + "0/critic"].shape, bias=False)
+            for name in ("fast", "slow")}
     agent = SimpleNamespace(critic=nets["fast"], slow_critic=nets["slow"], updates=0,
                             args=flags(slow_every=2, slow_fraction=0.3))
     for agent.updates in range(fixture.numbered(prefix)):
@@ -424,20 +425,24 @@ def math_weights(report: Report, fixture: Fixture, prefix: str) -> None:
     """Discounts and weights of imagined steps: `Agent.learn` with a head that gives these means."""
     terminal, mean = fixture.tensor(prefix + "is_terminal").T, fixture.tensor(prefix + "head_mean")
     ours = mean.unflatten(1, terminal.T.shape).transpose(1, 2).flatten(1, 2)  # n = t * B + b
-    args = flags(batch_size=terminal.shape[1], batch_length=len(terminal), imag_horizon=len(mean) - 1,
+    args = flags(batch_size=terminal.shape[1], batch_length=len(terminal),
+                 imag_horizon=len(mean) - 1,
                  pcont=True, gamma=0.999, amp="off")
     agent, log = d2.Agent(args, EnvSpec(None, 1, 2, True), torch.get_default_device()), {}
     zeros = torch.zeros(*terminal.shape)
-    batch = d2.Batch(None, zeros[..., None], torch.zeros(*terminal.shape, 2), zeros, zeros > 1, terminal)
+    batch = d2.Batch(None, zeros[..., None], torch.zeros(*terminal.shape, 2), zeros, zeros > 1,
+                     terminal)
 
-    def cont(self, feat, shipped=d2.WorldModel.cont):
+    def head(self, feat, shipped=d2.WorldModel.discount):
         given = ours[1:-1] if len(feat) == len(ours) - 2 else ours[:-1]
-        return shipped(self, feat) if feat.shape[:2] == terminal.shape else d2.Bernoulli(given.logit())
+        return shipped(self,
+                       feat) if feat.shape[:2] == terminal.shape else d2.Bernoulli(given.logit())
 
-    with patched((d2.WorldModel, "cont", cont), recorder(log, d2, "lambda_return"),
+    with patched((d2.WorldModel, "discount", head), recorder(log, d2, "lambda_return"),
                  recorder(log, d2, "critic_loss")):
         agent.learn(batch, agent.zero_state(terminal.shape[1]))
-    for key, x in (("discount", log["lambda_return"].discount), ("weight", log["critic_loss"].weight)):
+    for key, x in (("discount", log["lambda_return"].discount),
+                   ("weight", log["critic_loss"].weight)):
         x = x.unflatten(1, terminal.shape).transpose(1, 2).flatten(1, 2)
         report.check(f"{prefix}{key}[:-1]", x, fixture[prefix + key][:-1])
 
@@ -467,13 +472,14 @@ def math_truncated_normal(report: Report, fixture: Fixture, prefix: str) -> None
 def math_heads(report: Report, fixture: Fixture, prefix: str) -> None:
     """Distributions of numbers and of flags.
 
-    Their library read the targets, a numpy array here, as integers: 0.999 became 0. In training they are
-    tensors and stay what they are; like/discount of an agent compares those.
+    Their library read the targets, a numpy array here, as integers: 0.999 became 0. In training
+    they are tensors and stay what they are; like/discount of an agent compares those.
     """
     out = fixture.tensor(prefix + "out")
     normal, flag = d2.Normal(out), d2.Bernoulli(out)
     compare(report, fixture, prefix, {
-        "mse_logprob": normal.log_prob(fixture.tensor(prefix + "target")), "binary_mean": flag.mean(),
+        "mse_logprob": normal.log_prob(fixture.tensor(prefix + "target")),
+        "binary_mean": flag.mean(),
         "binary_logprob": flag.log_prob(fixture.tensor(prefix + "binary_target").trunc())})
 
 
@@ -481,7 +487,8 @@ def math_gru(report: Report, fixture: Fixture, prefix: str) -> None:
     """One step of the GRU; theirs reads [x, h], ours [h, x]."""
     x, h = fixture.tensor(prefix + "x"), fixture.tensor(prefix + "h")
     gru = d2.NormGRUCell(x.shape[-1], h.shape[-1])
-    gru.linear.weight.data = fixture.tensor(prefix + "param/dense/kernel").roll(h.shape[-1], 0).T.contiguous()
+    gru.linear.weight.data = fixture.tensor(prefix + "param/dense/kernel").roll(h.shape[-1],
+                                                                                0).T.contiguous()
     gru.linear.bias.data = fixture.tensor(prefix + "param/dense/bias")
     gru.norm.weight.data = fixture.tensor(prefix + "param/norm/gamma")
     gru.norm.bias.data = fixture.tensor(prefix + "param/norm/beta")

@@ -8,9 +8,11 @@ import torch.nn as nn
 from torch import Tensor
 
 import dreamer_v3 as d3
-from common.envs import EnvSpec
+from common.spaces import EnvSpec
 from tests import parity
-from tests.parity import Fixture, Report, batch_major, compare, gradient, per_step, recorder, shipped_losses
+from tests.parity import (Fixture, Report, batch_major, compare, gradient, per_step, recorder,
+                          shipped_losses)
+from tests.tiny import plain_args
 
 IGNORED = {
     "meta/*": "settings; those that matter are read",
@@ -31,27 +33,17 @@ def tolerance(fixture: Fixture) -> dict[str, float]:
     return {"forward": 2e-5, "gradient": 1e-4, "parameter": 1e-5, "exact": 0.0}
 
 
-# ---------------------------------------------------------------------------------- an agent like theirs
+# ----------------------------------------------------------------------------- an agent like theirs
 class Twin(parity.Twin):
     """Our agent with the sizes, settings and weights of a fixture."""
 
     script, init, aligned = d3, "params_init/", True
-    fixed = {
-        r".*\.act": "silu", r".*\.norm": "layer", r".*\.outnorm": False, r".*\.inputs": ["deter", "stoch"],
-        r"encoder\.symlog_inputs": True, r"(actor|critic)\.symlog_inputs": False, r".*\.minres": 4,
-        r".*\.(cnn_blocks|warmup|wd|lateclip)": 0, r".*\.resize": "stride", r".*\.cnn": "resnet",
-        r".*\.cnn_sigmoid": False, r".*\.image_dist": "mse", r".*\.vector_dist": "symlog_mse",
-        r"(reward_head|critic)\.dist": "symlog_disc", r"cont_head\.dist": "binary",
-        r"actor_dist_cont": "normal", r"actor_dist_disc": "onehot", r"actor_grad_cont": "backprop",
-        r"actor_grad_disc": "reinforce", r".*_opt\.opt": "adam", r"critic_slowreg": "logprob",
-        r"slow_critic_update": 1, r"retnorm\.impl": "perc_ema", r"(dyn|rep)_loss\.impl": "kl",
-        r"grad_heads": ["decoder", "reward", "cont"], r"rssm\.initial": "learned", r"rssm\.action_clip": 1.0,
-    }
     rename = [
         (r"^agent/task_behavior/ac/actor/(dist_out/out|h\d+)/", r"actor/head/\1/"),
         (r"^agent/task_behavior/ac/actor/dist_out/std/", "actor/std/"),
         (r"^agent/task_behavior/critic/net/", "critic/head/"),
-        (r"^agent/task_behavior/critic/slow/", "slow_critic/head/"), (r"^agent/wm/", "world_model/"),
+        (r"^agent/task_behavior/critic/slow/", "slow_critic/head/"),
+        (r"^agent/wm/", "world_model/"),
         (r"/enc/", "/encoder/"), (r"/dec/", "/decoder/"), (r"/rew/", "/reward_head/"),
         (r"/cont/", "/cont_head/"), (r"/cnn/in/", "/cnn_in/"),
         (r"/cnn/s(\d+)res/norm/", lambda m: f"/cnn/{3 * int(m[1]) + 1}/"),
@@ -63,17 +55,18 @@ class Twin(parity.Twin):
         (r"/(kernel|scale)$", "/weight"), (r"/", "."),
     ]
     flipped, vector_out = r"/dec/cnn/s\d+res/kernel$", r"/dec/mlp/dist_(.*)/out/"
-    sized_classes = {"Encoder": "encoder", "Decoder": "decoder", "Actor": "actor", "Critic": "critic"}
-    sized_heads = {"reward_head": "reward_head", "cont_head": "cont_head"}
+    sized_classes = {"Encoder": "encoder", "Decoder": "decoder"}
 
     def observations(self) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(self.fixture.meta["obs"][key][0]) for key in self.fixture.meta["obs_order"]}
+        return {key: tuple(self.fixture.meta["obs"][key][0])
+                for key in self.fixture.meta["obs_order"]}
 
     def make_args(self) -> d3.Args:
         c, scales = self.config, self.predictions()
-        return d3.Args(
-            size="XS", amp="off", seed=0, image_size=(self.spec.image_shape or (64,))[0],
+        return plain_args(
+            d3, image_size=(self.spec.image_shape or (64,))[0],
             batch_size=self.rows, batch_length=self.length, imag_horizon=c["imag_horizon"],
+            units=c["actor.units"], layers=c["actor.layers"], bins=c["critic.bins"],
             deter=c["rssm.deter"], hidden=c["rssm.units"], stoch=c["rssm.stoch"],
             classes=c["rssm.classes"], unimix=c["rssm.unimix"],
             beta_pred=scales["reward"] if len(set(scales.values())) == 1 else 1.0,
@@ -98,9 +91,9 @@ class Twin(parity.Twin):
         return {name: scale / self.args.beta_pred for name, scale in self.predictions().items()}
 
     def sized(self, network: str) -> d3.Args:
-        own = ("units", "layers", "mlp_units", "mlp_layers", "cnn_depth", "bins", "unimix")
-        changes = {name.removeprefix("cnn_"): self.config.get(f"{network}.{name}") for name in own}
-        return replace(self.args, **{k: v for k, v in changes.items() if v is not None})
+        own = ("mlp_units", "mlp_layers", "cnn_depth")
+        return replace(self.args, **{name.removeprefix("cnn_"): self.config[f"{network}.{name}"]
+                                     for name in own})
 
     def load_weights(self) -> None:
         """The return scale is no parameter."""
@@ -115,12 +108,13 @@ class Twin(parity.Twin):
                         self.fixture.tensor(prefix + "latent/stoch").flatten(-2),
                         self.fixture.tensor(prefix + "action"))
 
-    # ---------------------------------------------------------- loss scales that are one flag in ours
+    # -------------------------------------------------------- loss scales that are one flag in ours
     def scaled_model(self, result, call):
         """World model, and the free bits of the representation loss."""
         if self.config["rep_loss.free"] != self.args.free_bits:
             other = replace(self.args, free_bits=self.config["rep_loss.free"])
-            result[0]["rep"] = self.shipped_loss(call.model, call.batch, call.carry, other)[0]["rep"]
+            result[0]["rep"] = self.shipped_loss(call.model, call.batch, call.carry,
+                                                 other)[0]["rep"]
         result = super().scaled_model(result, call)
         call.parts = self.term_gradients(call.scaled)
         return result
@@ -134,7 +128,7 @@ class Twin(parity.Twin):
         return call.scaled
 
     def term_gradients(self, losses: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Gradients of the mean of each world-model loss term, for the parameters the fixture chose."""
+        """Gradients of the mean of each world-model loss term, as far as the fixture has them."""
         terms = {"dyn": ["dyn"], "rep": ["rep"], "reward": ["reward"], "cont": ["cont"],
                  "recon": ["image", "vector"]}
         found, params = {}, list(self.agent.world_model.parameters())
@@ -145,7 +139,7 @@ class Twin(parity.Twin):
                 found[term] = {path: every[path] for path in chosen}
         return found
 
-    # ------------------------------------------------------------------------------------ comparisons
+    # ---------------------------------------------------------------------------------- comparisons
     def check(self) -> None:
         """And what the optimisers hold at the end."""
         super().check()
@@ -154,7 +148,8 @@ class Twin(parity.Twin):
     def check_acting(self) -> None:
         """Online acting on the observations of batch 1, with the initial weights."""
         for t, _, state, latent in self.acted(self.fixture.numbered("policy/t")):
-            policy = self.agent.actor.policy(self.agent.actor(torch.cat([state.deter, state.stoch], -1)))
+            policy = self.agent.actor.policy(self.agent.actor(torch.cat([state.deter, state.stoch],
+                                                                        -1)))
             self.compare_all(f"policy/t{t}/", {
                 "action": state.action, "deter": state.deter, "stoch": self.groups(state.stoch),
                 "logit": latent.logits, "log_entropy": policy.entropy()})
@@ -165,7 +160,8 @@ class Twin(parity.Twin):
             before = self.probe(batch, carry)
         after = {"world_model_loss": self.scaled_model, "actor_loss": self.scaled_actor,
                  "critic_loss": self.scaled_critic}
-        call = self.recorded(batch, carry, after, lambda log: [recorder(log, d3.ReturnScale, "update")])
+        call = self.recorded(batch, carry, after, lambda log: [recorder(log, d3.ReturnScale,
+                                                                        "update")])
         self.check_world_model(n, call, before, batch)
         self.check_imagination(n, call, before)
         self.check_actor(n, call)
@@ -173,7 +169,7 @@ class Twin(parity.Twin):
         self.check_step(n, call)
 
     def probe(self, batch: d3.Batch, carry: d3.State) -> dict[str, Tensor]:
-        """What the world model computes on the way to its losses, asked of its modules: their names."""
+        """What the world model computes on the way to its losses, by their names."""
         model, rssm = self.agent.world_model, self.agent.world_model.rssm
         embed, deter, _, post, prior, feat = self.posterior(batch, carry)
         reward = model.reward(feat)
@@ -202,10 +198,12 @@ class Twin(parity.Twin):
         """Posterior, prior, heads, and every loss term."""
         fixture, prefix, args = self.fixture, f"step{n}/wm/", self.args
         losses, deter, stoch, _ = call.world_model_loss.result
-        ours = before | {"post_deter": batch_major(deter), "post_stoch": batch_major(self.groups(stoch))}
+        ours = before | {"post_deter": batch_major(deter),
+                         "post_stoch": batch_major(self.groups(stoch))}
         for name, value in ours.items():
             wide = name == "reward_mean" or name.startswith("recon_mode")  # outputs of symexp
-            self.compare(prefix + name, value, scale=value.abs().clamp(min=1).cpu().numpy() if wide else None)
+            self.compare(prefix + name, value, scale=value.abs().clamp(min=1).cpu().numpy() if wide
+                         else None)
 
         names = {"reward": ["reward"], "cont": ["cont"], "dyn": ["dyn"], "rep": ["rep"],
                  "image": self.images, "vector": self.vectors}
@@ -233,7 +231,8 @@ class Twin(parity.Twin):
         model, order, prefix = self.agent.world_model, self.start_order, f"step{n}/imag/"
         feat, action, _ = call.imagine.result
         deter, stoch = feat.split([self.args.deter, feat.shape[-1] - self.args.deter], -1)
-        returns, value, steps = call.lambda_return, self.value_all(call), slice(0, self.args.imag_horizon)
+        returns, value = call.lambda_return, self.value_all(call)
+        steps = slice(0, self.args.imag_horizon)
         self.compare_all(prefix, {name: order(x) for name, x in {
             "deter": deter, "stoch": self.groups(stoch), "reward": returns.reward,
             "ret": returns.result, "base": value[:-1], "value_all": value,
@@ -260,7 +259,8 @@ class Twin(parity.Twin):
         self.compare_all(f"retnorm_after{n}/", {"low": low, "high": high})
         scaled = args.weight * self.config["loss_scales.actor"]
         elements = scaled * per_step(d3.actor_loss, args)
-        normed_return, normed_base = ((x - low).detach() / args.scale for x in (args.ret, args.baseline))
+        normed_return, normed_base = ((x - low).detach() / args.scale
+                                      for x in (args.ret, args.baseline))
         self.compare_all(prefix, {name: order(x) for name, x in {
             "normed_return": normed_return, "normed_base": normed_base,
             "policy_logprob": args.policy.log_prob(args.action.detach()),
@@ -289,9 +289,12 @@ class Twin(parity.Twin):
         self.compare(f"step{n}/wm/model_loss", call.model.loss)
         for name, theirs in (("model", "wm"), ("actor", "actor"), ("critic", "critic")):
             self.check_gradients(f"step{n}/{theirs}/grad/", call, name)
-        theirs = {"grad_norm/model": "model_opt_grad_norm", "grad_norm/actor": "actor_opt_grad_norm",
-                  "grad_norm/critic": "extr_critic_critic_opt_grad_norm", "loss/model": "model_opt_loss",
-                  "loss/critic": "extr_critic_critic_opt_loss", "actor/entropy": "policy_entropy_mean",
+        theirs = {"grad_norm/model": "model_opt_grad_norm",
+                  "grad_norm/actor": "actor_opt_grad_norm",
+                  "grad_norm/critic": "extr_critic_critic_opt_grad_norm",
+                  "loss/model": "model_opt_loss",
+                  "loss/critic": "extr_critic_critic_opt_loss",
+                  "actor/entropy": "policy_entropy_mean",
                   "imagined/return": "extr_return_raw_mean", "imagined/reward": "extr_reward_mean",
                   "latent/post_entropy": "post_ent_mean", "latent/prior_entropy": "prior_ent_mean"}
         for ours, key in theirs.items():
@@ -302,7 +305,8 @@ class Twin(parity.Twin):
     def check_optimizers(self, after: str) -> None:
         """Adam's moments and the counters after the last update."""
         fixture, agent = self.fixture, self.agent
-        opts = {"model_opt": agent.model_opt, "actor_opt": agent.actor_opt, "critic_opt": agent.critic_opt}
+        opts = {"model_opt": agent.model_opt, "actor_opt": agent.actor_opt,
+                "critic_opt": agent.critic_opt}
         state = {param: values for opt in opts.values() for param, values in opt.adam.state.items()}
         for start, name in (("adam_mu", "exp_avg"), ("adam_nu", "exp_avg_sq")):
             if fixture.under(start + after):
@@ -311,12 +315,13 @@ class Twin(parity.Twin):
         for key in (prefix + key for prefix in ("adam_count" + after, "opt" + after)
                     for key in fixture.under(prefix)):
             opt = next(opt for name, opt in opts.items() if f"/{name}/" in key)
-            self.compare(key, np.max([float(values["step"]) for values in opt.adam.state.values()]), "exact")
+            self.compare(key, np.max([float(values["step"]) for values in opt.adam.state.values()]),
+                         "exact")
         for key in fixture.under("slow_updates" + after):
             self.compare("slow_updates" + after + key, agent.updates, "exact")
 
 
-# ---------------------------------------------------------------------------------------- single pieces
+# ------------------------------------------------------------------------------------ single pieces
 def check_math(report: Report, fixture: Fixture) -> None:
     """Every unit-level quantity of `v3_math.npz` that the fixture has."""
     checks = {"symlog": math_symlog, "discdist": math_two_hot, "onehot": math_one_hot,
@@ -366,17 +371,19 @@ def math_one_hot(report: Report, fixture: Fixture) -> None:
         "unimix_logit_p": p.logits, "unimix_logit_q": q.logits, "entropy_p": entropy,
         "log_prob_p": p.log_prob(fixture.tensor("onehot/value")).sum(-1), "sample_rule_p": sample,
         "mode_p": p.mode().unflatten(-1, (groups, -1)), "kl_p_q": p.kl(q), "kl_q_p": q.kl(p)},
-        {"st_grad_raw_p": gradient(weighted, raw_p)[0], "entropy_grad_raw_p": gradient(entropy, raw_p)[0]})
+        {"st_grad_raw_p": gradient(weighted, raw_p)[0], "entropy_grad_raw_p": gradient(entropy,
+                                                                                       raw_p)[0]})
 
 
 def math_kl(report: Report, fixture: Fixture) -> None:
     """Both KL losses and where their gradients go."""
     meta, raw = fixture.meta, [fixture.leaf(f"klloss/raw_{side}") for side in ("post", "prior")]
     post, prior = (d3.Latent(x.flatten(-2), meta["stoch"], meta["unimix"]) for x in raw)
-    args = d3.Args(size="XS", free_bits=meta["free_nats"], beta_dyn=1.0, beta_rep=1.0)
+    args = plain_args(d3, free_bits=meta["free_nats"], beta_dyn=1.0, beta_rep=1.0)
     losses = shipped_losses(d3, args, raw[0].shape[:-2], post, prior)
     total = (meta["dyn_scale"] * losses["dyn"] + meta["rep_scale"] * losses["rep"]).mean()
-    compare(report, fixture, "klloss/", {"dyn": losses["dyn"], "rep": losses["rep"], "total_mean": total,
+    compare(report, fixture, "klloss/", {"dyn": losses["dyn"], "rep": losses["rep"],
+                                         "total_mean": total,
                                          "kl_before_free": post.kl(prior)},
             dict(zip(("grad_raw_post", "grad_raw_prior"), gradient(total, *raw))))
 
@@ -392,8 +399,8 @@ def math_returns(report: Report, fixture: Fixture) -> None:
 def math_return_scale(report: Report, fixture: Fixture) -> None:
     """Successive updates of the return scale."""
     meta = fixture.meta["retnorm"]
-    scale = d3.ReturnScale(d3.Args(
-        size="XS", return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
+    scale = d3.ReturnScale(plain_args(
+        d3, return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
         return_norm_limit=1 / meta["max"], return_norm_decay=meta["decay"]))
     found = {"low_state": [], "high_state": [], "invscale": [], "offset": []}
     for ret in fixture.tensor("moments/x"):
@@ -405,8 +412,9 @@ def math_return_scale(report: Report, fixture: Fixture) -> None:
 
 def actor(fixture: Fixture, actions: int, discrete: bool) -> d3.Actor:
     """An actor with the fixture's settings; its network is not used."""
-    args = d3.Args(size="XS", unimix=fixture.meta["unimix"], actor_min_std=fixture.meta["actor_minstd"],
-                   actor_max_std=fixture.meta["actor_maxstd"])
+    meta = fixture.meta
+    args = plain_args(d3, unimix=meta["unimix"], actor_min_std=meta["actor_minstd"],
+                      actor_max_std=meta["actor_maxstd"])
     return d3.Actor(args, EnvSpec(None, 1, actions, discrete), 1)
 
 
@@ -418,7 +426,8 @@ def math_gaussian(report: Report, fixture: Fixture) -> None:
     compare(report, fixture, "actor_normal/", {
         "mean": policy.mean, "std": policy.std, "log_prob": log_prob, "entropy": entropy,
         "mode": policy.mode(), "sample_rule": policy.sample()},
-        {"dlogprob_draw_mean": gradient(log_prob, mean)[0], "dlogprob_draw_std": gradient(log_prob, std)[0],
+        {"dlogprob_draw_mean": gradient(log_prob, mean)[0],
+         "dlogprob_draw_std": gradient(log_prob, std)[0],
          "dentropy_draw_std": gradient(entropy, std)[0]})
 
 
@@ -435,17 +444,19 @@ def math_actor_one_hot(report: Report, fixture: Fixture) -> None:
 
 def math_predictions(report: Report, fixture: Fixture) -> None:
     """Vector, image and continue loss, as `world_model_loss` computes them."""
-    args = d3.Args(size="XS", beta_pred=1.0)
+    args = plain_args(d3, beta_pred=1.0)
     pred, target = fixture.leaf("symlog_mse/pred"), fixture.tensor("symlog_mse/target")
     log_prob = -shipped_losses(d3, args, pred.shape[:1], vector=target, predicted=pred)["vector"]
     compare(report, fixture, "symlog_mse/", {"log_prob": log_prob, "mode": d3.symexp(pred)},
             {"dlogprob_dpred": gradient(log_prob, pred)[0]})
 
     pred, target = (fixture.tensor(f"mse_image/{key}") for key in ("pred", "target"))
-    found = shipped_losses(d3, args, pred.shape[:2], image=target * 255, predicted=pred - 0.5)["image"]
+    found = shipped_losses(d3, args, pred.shape[:2], image=target * 255,
+                           predicted=pred - 0.5)["image"]
     compare(report, fixture, "mse_image/", {"log_prob": -found})
 
-    flag, target = d3.Bernoulli(fixture.tensor("bernoulli/logit")), fixture.tensor("bernoulli/target")
+    flag = d3.Bernoulli(fixture.tensor("bernoulli/logit"))
+    target = fixture.tensor("bernoulli/target")
     found = shipped_losses(d3, args, target.shape, terminal=target < 0.5, cont=flag)["cont"]
     compare(report, fixture, "bernoulli/", {"log_prob": -found, "mode": flag.mode()})
 
@@ -457,7 +468,7 @@ def math_layers(report: Report, fixture: Fixture) -> None:
         norm.weight.data = fixture.tensor(f"{prefix}norm_scale")
         norm.bias.data = fixture.tensor(f"{prefix}norm_bias")
 
-    args = d3.Args(size="XS", image_size=8, depth=5)
+    args = plain_args(d3, image_size=8, depth=5)
     dense = d3.Dense(6, 5)
     fill(dense, dense.norm, "layer_linear/", (1, 0))
     compare(report, fixture, "layer_linear/", {"y": dense(fixture.tensor("layer_linear/x"))})

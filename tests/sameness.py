@@ -18,26 +18,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("dreamer_v*.py"))
 NEIGHBOURS = list(itertools.pairwise(SCRIPTS))
-HUNKS, LINES = 60, 700  # of `git diff --no-index -U0`: at most, and changed lines of each
+HUNKS, LINES = 70, 400  # of `git diff --no-index -U0`: at most, and changed lines of each
 
 # Versions -> what is byte-identical in them. Of a class that differs: its methods that do not.
 SAME = {
     "12": """
-        Args.env_config Normal OneHot.__init__ Bernoulli Dense Encoder.forward PixelToGrid
-        GridToPixels RSSM.initial_state RSSM.project_action WorldModel.reward WorldModel.cont
-        Critic.forward critic_loss Optimizer.state_dict Optimizer.load_state_dict open_loop""".split(),
+        Args.env_config Normal OneHot.__init__ Bernoulli Dense SplitDense
+        Encoder.forward PixelToGrid RSSM.initial_state RSSM.project_action RSSM.img_step
+        WorldModel.reward WorldModel.discount Critic.forward Optimizer.state_dict
+        Optimizer.load_state_dict decode updates_due""".split(),
     "123": """
-        Args.__post_init__ Args.capacity Batch ReplayBuffer to_batch previous_actions draw_classes
-        draw_noise Gaussian.__init__ Gaussian.noise Gaussian.sample Gaussian.mode Gaussian.entropy
-        OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.mean Bernoulli.log_prob init_output
-        Linear Dense.forward SplitDense MLP Head centre Decoder.image Decoder.vector State
-        RSSM.prior RSSM.img_step RSSM.obs_step RSSM.observe lambda_return Optimizer.grads Agent.act
-        Agent.zero_state Agent.autocast Agent.optimizers random_actions first_update updates_due
-        main""".split(),
+        Args.capacity Batch ReplayBuffer to_batch previous_actions draw_classes
+        draw_noise Gaussian.__init__ Gaussian.noise Gaussian.sample Gaussian.mode
+        Gaussian.entropy OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.mean
+        Bernoulli.log_prob init_output Linear Dense.forward SplitDense.__init__
+        SplitDense.project SplitDense.forward MLP Head centre Decoder.image
+        Decoder.vector State RSSM.prior RSSM.obs_step RSSM.observe lambda_return
+        Optimizer.grads Agent.act Agent.zero_state Agent.autocast Agent.optimizers
+        random_actions open_loop first_update main""".split(),
     "23": """
-        Args.stoch_dim Gaussian Latent.kl Actor.forward imagine Agent.train_step train
-        OneHot.log_prob OneHot.entropy Latent.sample Latent.mode Latent.entropy Latent.detach Norm
-        NormGRUCell.forward""".split(),
+        Args.stoch_dim Gaussian Latent.kl Actor.forward Agent.train_step train
+        OneHot.log_prob OneHot.entropy Latent.sample Latent.mode Latent.entropy
+        Latent.detach Norm NormGRUCell.forward""".split(),
 }
 
 # Functions of one name whose parameters differ, with the reason.
@@ -132,7 +134,7 @@ def main() -> None:
         print(f"    other parameters: {' '.join(other_parameters(one, other))}")
     lines = []
     for versions, names in sorted(same_now().items()):
-        text = textwrap.fill(" ".join(names), 92, break_on_hyphens=False)
+        text = textwrap.fill(" ".join(names), 80, break_on_hyphens=False)
         lines.append(f'    "{versions}": """\n' + textwrap.indent(text, " " * 8) + '""".split(),\n')
     table = f"SAME = {{\n{''.join(lines)}}}\n"
     print(table)

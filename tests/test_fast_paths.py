@@ -6,21 +6,16 @@ import importlib
 import subprocess
 import sys
 
-import dreamer_v2
-import dreamer_v3
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
-from tests.tiny import tiny_args, tiny_batch, tiny_spec
+import dreamer_v2
+import dreamer_v3
+from tests.tiny import has_flag, tiny_args, tiny_batch, tiny_spec
 
 WIDE = dict(deter=64, hidden=48, units=48, stoch=8, classes=8, depth=8, mlp_units=48, batch_size=16,
             batch_length=16)
-
-
-@pytest.fixture(params=["dreamer_v1", "dreamer_v3"])  # Gaussian and categorical latents
-def module(request):
-    return importlib.import_module(request.param)
 
 
 def first_losses(module, image: bool, **flags) -> dict[str, float]:
@@ -32,16 +27,13 @@ def first_losses(module, image: bool, **flags) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if name.startswith("loss/")}
 
 
-@pytest.mark.parametrize("kind, pixels, outputs, size", [
-    ("PixelToGrid", 1, 6, 5), ("GridToPixels", 7, 1, 6), ("GridToPixels", 4, 3, 4)])
-def test_transposed_convolutions_are_torchs(kind, pixels, outputs, size):
-    """V1's and V2's own forms of it: the same result and the same gradients."""
-    rng = torch.Generator().manual_seed(1)
-    ours = getattr(dreamer_v2, kind)(4, outputs, size, stride=2)
-    torchs = torch.nn.ConvTranspose2d(4, outputs, size, stride=2)
+def test_transposed_convolution_of_v1_and_v2_is_torchs():
+    """Their own form of it, where it begins with one pixel: the same result and gradients."""
+    torch.manual_seed(1)
+    ours = dreamer_v2.PixelToGrid(4, 6, 5, stride=2)
+    torchs = torch.nn.ConvTranspose2d(4, 6, 5, stride=2)
     torchs.load_state_dict(ours.state_dict())
-    x = torch.randn(3, 4, pixels, pixels, generator=rng, requires_grad=True)
-    weight = torch.randn(3, outputs, *[2 * pixels + size - 2] * 2, generator=rng)
+    x, weight = torch.randn(3, 4, 1, 1, requires_grad=True), torch.randn(3, 6, 5, 5)
     found, known = ([y, *torch.autograd.grad((weight * y).sum(), [x, *layer.parameters()])]
                     for layer in (ours, torchs) for y in [layer(x)])
     for a, b in zip(found, known, strict=True):
@@ -49,13 +41,17 @@ def test_transposed_convolutions_are_torchs(kind, pixels, outputs, size):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_first_losses_with_bf16(module):
-    known = {name: value for name, value in WIDE.items() if hasattr(tiny_args(module), name)}
+@pytest.mark.parametrize("name", ["dreamer_v1", "dreamer_v3"])  # Gaussian and categorical latents
+def test_first_losses_with_bf16(name):
+    module = importlib.import_module(name)
+    known = {name: value for name, value in WIDE.items() if has_flag(module, name)}
     for image in (True, False):
         plain, again, fast = (first_losses(module, image, **known, amp=amp)
                               for amp in ("off", "off", "on"))
         assert plain == again != fast and len(plain) >= 5
-        assert fast == pytest.approx(plain, rel=0.01, abs=0.01)
+        # Rounding to 3 digits changes a loss by 0.2%, and by 1.3% where another class is drawn for
+        # it in a few of the 256 states (which ones depends on the processor).
+        assert fast == pytest.approx(plain, rel=0.05, abs=0.01)
 
 
 def test_first_losses_with_compile(monkeypatch):
@@ -63,21 +59,23 @@ def test_first_losses_with_compile(monkeypatch):
 
     `benchmarks/speed.py --compile` runs the generated code.
     """
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled, shipped = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda method, **flags: (
+        compiled.append(method), shipped(method, **flags, backend="aot_eager"))[1])
     # A compiled function draws other random numbers.
     monkeypatch.setattr(dreamer_v3, "draw_classes", lambda probs: probs.argmax(-1))
     monkeypatch.setattr(dreamer_v3, "draw_noise", lambda mean: torch.full_like(mean, 0.5))
-    torch._dynamo.reset()
     sizes = dict(batch_size=2, batch_length=2, imag_horizon=2)
     plain = first_losses(dreamer_v3, False, **sizes)
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert not compiled
     fast = first_losses(dreamer_v3, False, **sizes, compile=True)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= before + 6
-    assert fast == pytest.approx(plain, rel=1e-4) and len(plain) >= 7
+    assert len(compiled) >= 6 and len(plain) >= 7
+    # The actor's loss is a mean of numbers near 1 that cancel; a fault changes one by 1e-2.
+    assert fast == pytest.approx(plain, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("discrete", [True, False])
-@pytest.mark.parametrize("name", ["dreamer_v1", "dreamer_v2", "dreamer_v3"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_an_update_never_waits_for_the_device(name, discrete, monkeypatch):
     """On tensors without values, of which none can be read, nor mixed with one on the CPU.
 
@@ -103,8 +101,7 @@ def test_an_update_never_waits_for_the_device(name, discrete, monkeypatch):
 
 def test_compiling_loads_what_it_configures():
     """In a process that has imported nothing else: V1 and V2 make no optimiser of torch's own."""
-    code = ("from common.devices import compile_methods\nimport types\nowner = types.SimpleNamespace()\n"
-            "class Layer:\n    def forward(self): pass\nlayer = Layer()\n"
-            "compile_methods(layer.forward)\nassert 'forward' in vars(layer)\nprint('fine')")
+    code = ("from common.devices import compile_methods\nclass Layer:\n    def forward(self): pass\n"
+            "layer = Layer()\ncompile_methods(layer.forward)\nassert 'forward' in vars(layer)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
-    assert done.stdout == "fine\n", done.stderr
+    assert done.returncode == 0, done.stderr

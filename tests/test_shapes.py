@@ -27,8 +27,8 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS
 
-from common.envs import EnvSpec
-from tests.tiny import for_task, has_flag
+from common.spaces import EnvSpec
+from tests.tiny import has_flag, tiny_args
 
 DIM = r"(?:\d+|\d*[A-Z][0-9]?(?: (?:\*|\+) [A-Z0-9]+| or \d*[A-Z])?)"
 SHAPE = re.compile(rf"\(((?:\.\.\.|{DIM}),? ?(?:, (?:\.\.\.|{DIM}))*,?)\)")
@@ -228,12 +228,7 @@ SPECS = {  # (observation, action) of every kind, together; True: as small as th
 T, B, H, P, CONTEXT = 7, 6, 24, 8, 3
 SIZES = dict(batch_length=T, batch_size=B, imag_horizon=H, num_envs=P, image_size=16, depth=2,
              deter=10, hidden=19, units=13, mlp_units=29, layers=1, mlp_layers=1, stoch=11,
-             classes=12, bins=17, total_timesteps=1000, cuda=False, actor_grad="auto")
-
-
-def tiny_args(module, spec: EnvSpec):
-    args = module.Args(size="XXS", **{k: v for k, v in SIZES.items() if has_flag(module, k)})
-    return for_task(module, args, spec.discrete)
+             classes=12, bins=17)
 
 
 def model_sizes(args, spec: EnvSpec, embed_dim: int) -> dict:
@@ -262,7 +257,8 @@ def exercise(checker: Checker, spec: EnvSpec, folder) -> None:
     if spec.image_shape:
         pixels = 16 if has_flag(module, "image_size") else 64
         spec = replace(spec, image_shape=(pixels, pixels, 3))
-    args, device = tiny_args(module, spec), torch.device("cpu")
+    sizes = {name: size for name, size in SIZES.items() if has_flag(module, name)}
+    args, device = tiny_args(module, spec.discrete, **sizes), torch.device("cpu")
     torch.manual_seed(0)
     agent = module.Agent(args, spec, device)
     model = model_sizes(args, spec, agent.world_model.encoder.embed_dim)
@@ -339,15 +335,6 @@ def test_every_letter_of_the_dimension_key_is_used(checked):
     assert dimension_key(checked.module) <= used
 
 
-def test_the_sizes_tell_the_letters_apart():
-    """No two letters have the same size where there are both images and vectors."""
-    for pixels in (16, 64):
-        own = [SIZES[x] for x in ("deter", "stoch", "classes", "units", "hidden", "bins")]
-        sizes = [*own, T, B, T * B, (T - 1) * B, P, H, H + 1, H - 1, pixels,
-                 64 + SIZES["mlp_units"], 9, 15, 132, 142, 21, 3, 2, 2 * T]
-        assert len(set(sizes)) == len(sizes)
-
-
 def lies_about(note: Note, key: set[str]):
     """Wrong versions of a shape: an axis missing, one too many, two swapped, another letter.
 
@@ -379,48 +366,6 @@ def test_any_wrong_comment_would_have_been_caught(checked):
                      if all(possible(lie, shape, allowed, {}) for shape, allowed in seen)
                      and not (new and all(a.get(new) == a.get(old) for _, a in seen))]
     assert not believed, "\n".join(believed)
-
-
-TOY = '''
-from typing import NamedTuple
-class Pair(NamedTuple):
-    left: object  # (T, B) float32
-def f(x, y):
-    """Takes x (T, B) and y (B, T)."""
-    a = x * 2  # (T, B)
-    b, c = x[0], y[0]  # (B), (T)
-    d = (x +
-         1)  # (T, B) on the last line
-    return Pair(a), b, c, d
-'''
-
-
-@pytest.mark.parametrize("truth, lie", [
-    ("a = x * 2  # (T, B)", "a = x * 2  # (B, T)"), ("a = x * 2  # (T, B)", "a = x * 2  # (T, 2B)"),
-    ("a = x * 2  # (T, B)", "a = x * 2  # (T, B, 1)"), ("1)  # (T, B)", "1)  # (T, A)"),
-    ("# (B), (T)", "# (T), (B)"), ("# (T, B) float32", "# (T) float32"),
-    ("# (T, B) float32", "# (T, B) bool"), ("y (B, T)", "y (T, B)"),
-])
-def test_a_lying_comment_fails(truth, lie):
-    for source, is_true in ((TOY, True), (TOY.replace(truth, lie), False)):
-        checker = Checker(source, "toy")
-        assert len(checker.notes) == 7 and len(checker.lines) == 4
-        with checker.sizes(T=3, B=2, A=4):
-            if is_true:
-                checker.module.f(torch.zeros(3, 2), torch.zeros(2, 3))
-                assert {note for note, _, _ in checker.seen} == set(checker.notes)
-            else:
-                with pytest.raises(Lie):
-                    checker.module.f(torch.zeros(3, 2), torch.zeros(2, 3))
-
-
-def test_a_letter_means_one_size_within_a_call():
-    checker = Checker("def f(x, y):\n    a = x + 0  # (T)\n    b = y + 0  # (T)\n", "toy")
-    with checker.sizes(T=(3, 4)):
-        checker.module.f(torch.zeros(4), torch.zeros(4))
-        checker.module.f(torch.zeros(3), torch.zeros(3))
-        with pytest.raises(Lie):
-            checker.module.f(torch.zeros(3), torch.zeros(4))
 
 
 def test_a_lying_comment_in_a_script_fails(script, tmp_path):

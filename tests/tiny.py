@@ -5,35 +5,45 @@ from dataclasses import fields
 import torch
 import torch.nn.functional as F
 
-from common.envs import EnvSpec
+from common.spaces import EnvSpec
 
-SIZES = dict(deter=12, hidden=10, units=9, layers=1, reward_layers=1, pcont_layers=1,
-             actor_layers=1, critic_layers=1, depth=2, stoch=3, classes=4, bins=21, mlp_units=9,
-             mlp_layers=1, image_size=8, batch_size=3, batch_length=5, imag_horizon=4,
-             learning_starts=10, total_timesteps=1000, amp="off", cuda=False)
+# A value for every setting of every algorithm, so that no test depends on the presets. They differ
+# from those of the golden fixtures: parity fails if it forgets to pass one on.
+PLAIN = dict(
+    size="XXS", deter=12, hidden=10, units=9, layers=1, reward_layers=1, pcont_layers=1,
+    actor_layers=1, critic_layers=1, depth=2, stoch=3, classes=4, bins=21, mlp_units=9,
+    mlp_layers=1, image_size=8, batch_size=3, batch_length=5, learning_starts=10, pretrain=1,
+    train_ratio=15.0, total_timesteps=1000, buffer_size=1000, num_envs=1, action_repeat=1,
+    grayscale=False, sticky=0.0, clip_rewards="none", pcont=True, pcont_scale=3.0, model_lr=5e-4,
+    actor_lr=2e-4, critic_lr=4e-4, model_eps=2e-6, actor_eps=2e-6, critic_eps=2e-6,
+    model_clip=50.0, actor_clip=50.0, critic_clip=50.0, kl_scale=0.3, kl_balance=0.75,
+    free_nats=0.0, weight_decay=3e-6, unimix=0.02, beta_pred=0.9, beta_dyn=0.6, beta_rep=0.2,
+    free_bits=0.9, imag_horizon=6, gamma=0.95, return_lambda=0.9, actor_min_std=0.12,
+    actor_max_std=1.1, actor_init_std=4.0, actor_entropy=1e-3, actor_grad="auto",
+    actor_grad_mix=0.2, slow_every=99, slow_fraction=0.9, cont_mean=False, critic_ema_decay=0.97,
+    critic_ema_regularizer=0.9, return_norm_low=6.0, return_norm_high=94.0, return_norm_limit=0.9,
+    return_norm_decay=0.98, expl_amount=0.2, expl_min=0.0, expl_decay=0.0, amp="off", cuda=False)
 
 
 def has_flag(module, name: str) -> bool:
     return name in {field.name for field in fields(module.Args)}
 
 
+def plain_args(module, **changes):
+    """`Args` of a script: those of PLAIN that it has, and `changes`, which it must have."""
+    plain = {name: value for name, value in PLAIN.items() if has_flag(module, name)}
+    return module.Args(**plain | changes)
+
+
 def tiny_args(module, discrete: bool = True, **changes):
-    """`Args` of a script with those of SIZES that it has; `changes` are flags that it has."""
-    sizes = {name: value for name, value in SIZES.items() if has_flag(module, name)}
-    size = "XS" if has_flag(module, "cont_mean") else "XXS"  # V3's XXS departs from the paper
-    return for_task(module, module.Args(size=size, **sizes | changes), discrete)
-
-
-def for_task(module, args, discrete: bool):
-    """Filled with the defaults for the kind of actions, in the scripts that have such."""
-    if module.TASKS:
-        module.fill(args, module.TASKS["discrete" if discrete else "continuous"])
-    return args
+    """V1 and V2 predict ends where actions are discrete, and do not where they are continuous."""
+    task = {"pcont": discrete} if has_flag(module, "pcont") else {}
+    return plain_args(module, **task | changes)
 
 
 def tiny_spec(module, discrete: bool = True, image: bool = False, vector: int = 6) -> EnvSpec:
     """Two actions; the images are as small as the script allows."""
-    pixels = SIZES["image_size"] if has_flag(module, "image_size") else 64
+    pixels = PLAIN["image_size"] if has_flag(module, "image_size") else 64
     return EnvSpec((pixels, pixels, 3) if image else None, vector, 2, discrete)
 
 
