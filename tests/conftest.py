@@ -26,6 +26,14 @@ torch.set_num_threads(1)
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+def wait_until(condition, explain=str) -> None:
+    """Wait for something that takes a moment; a hang is a failure, on a busy machine too."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.02)
+
+
 @dataclass
 class Finished:
     """What a process left behind."""
@@ -72,11 +80,8 @@ class Running:
     out: Path
     err: Path
 
-    def wait_for(self, condition, seconds: float = 300.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.err.read_text()
-            time.sleep(0.02)
+    def wait_for(self, condition) -> None:
+        wait_until(condition, self.err.read_text)
 
     def kill(self, number: int = signal.SIGTERM) -> None:
         os.kill(self.pid, number)

@@ -4,11 +4,15 @@ Ids: `tests.fake_envs:Counting-v0` and so on, see the end of the file.
 """
 
 import os
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from PIL import Image
 
 TWO = spaces.Discrete(2)
 LENGTH = 5  # steps per episode, unless told otherwise
@@ -70,6 +74,44 @@ class ShrinkingEnv(CountingEnv):
         return self.image()[:1, :1] if self.count[1] >= 8 else self.image()
 
 
+class RenderEnv(CountingEnv):
+    """Its `render` gives what simulators and older environments give: see `kind`."""
+
+    def __init__(self, kind, **kwargs):
+        super().__init__(parts="vector", length=20, **kwargs)
+        self.kind = kind
+
+    def render(self):
+        frame = np.zeros((48, 60, 3), np.uint8)
+        frame[:, : 3 * self.count[0]] = 255
+        return {"pil": Image.fromarray(frame), "gray": frame[..., 0], "rgb": frame,
+                "float": frame.astype(np.float32) / 255, "chw": frame.transpose(2, 0, 1)}[self.kind]
+
+
+class MeddlingEnv(CountingEnv):
+    """It uses what belongs to the whole process: generators, and the working directory.
+
+    Each observation is three numbers from numpy's global generator.
+    """
+
+    def __init__(self, in_init=False, **kwargs):
+        super().__init__(parts="vector", **kwargs)
+        if in_init:
+            self.meddle(7)
+
+    def meddle(self, seed):
+        os.chdir(tempfile.gettempdir())
+        if "torch" in sys.modules:
+            sys.modules["torch"].manual_seed(seed)
+
+    def reset(self, *, seed=None, options=None):
+        self.meddle(3)
+        return super().reset(seed=seed)
+
+    def observe(self):
+        return np.random.uniform(-1, 1, 3).astype(np.float32)
+
+
 class BrokenEnv(CountingEnv):
     """A CountingEnv with one fault, at the third step of every episode if not said otherwise."""
 
@@ -78,20 +120,25 @@ class BrokenEnv(CountingEnv):
         self.fault = fault
         if fault == "raise_init":
             raise RuntimeError("no such\nlevel")
+        if fault == "hang_init":
+            self.hang()
+
+    def hang(self):
+        Path("hangs").touch()
+        while True:
+            time.sleep(3600)
 
     def reset(self, *, seed=None, options=None):
-        first_reset = self.count[1] < 0
-        if self.fault == "raise_first_reset" or (self.fault == "raise_reset" and not first_reset):
+        if self.fault == "hang_reset":
+            self.hang()
+        if self.fault == "raise_reset":
             raise RuntimeError("cannot reset")
         return super().reset(seed=seed)
 
     def step(self, action):
         observation, reward, terminated, truncated, info = super().step(action)
-        if self.count[0] == 3:
-            observation, reward = self.break_something(observation, reward)
-        return observation, reward, terminated, truncated, info
-
-    def break_something(self, observation, reward):
+        if self.count[0] != 3:
+            return observation, reward, terminated, truncated, info
         if self.fault == "raise":
             raise RuntimeError("lost\nthe ball")
         if self.fault == "sys_exit":
@@ -99,19 +146,21 @@ class BrokenEnv(CountingEnv):
         if self.fault == "exit":
             os._exit(1)
         if self.fault == "hang":
-            time.sleep(3600)
+            self.hang()
         image, vector = observation["image"], observation["vector"]
         observation = {
             "nan_obs": {"image": image, "vector": vector * np.nan},
             "inf_obs": {"image": image, "vector": vector + np.inf},
-            "shape": {"image": image[:4], "vector": vector},
+            "shape": {"image": image, "vector": vector[:2]},
             "dtype": {"image": image / 255.0, "vector": vector},
             "missing": {"image": image},
             "ragged": {"image": image, "vector": [1, [2, 3], 4]},
         }.get(self.fault, observation)
-        rewards = {"nan_reward": np.nan, "inf_reward": -np.inf, "text_reward": "much",
-                   "array_reward": np.array([reward])}
-        return observation, rewards.get(self.fault, reward)
+        reward = {"nan_reward": np.nan, "inf_reward": -np.inf, "text_reward": "much",
+                  "two_rewards": np.array([1.0, 2.0])}.get(self.fault, reward)
+        flag = {"dict_flag": {"__all__": True}, "text_flag": "False", "nan_flag": np.nan,
+                "two_flags": np.array([True, False]), "half_flag": 0.5}.get(self.fault, terminated)
+        return observation, reward, flag, truncated, info
 
 
 class CodesEnv(CountingEnv):
@@ -165,16 +214,21 @@ COUNTING = {
     "OneStep": {"length": 1},  # ends every episode at once
 }
 FAULTS = (
-    "raise", "raise_init", "raise_reset", "raise_first_reset", "sys_exit", "exit", "hang",
-    "nan_reward", "inf_reward", "text_reward", "array_reward", "nan_obs", "inf_obs", "shape",
-    "dtype", "missing", "ragged",
+    "raise", "raise_init", "raise_reset", "sys_exit", "exit", "hang", "hang_init", "hang_reset",
+    "nan_reward", "inf_reward", "text_reward", "two_rewards", "nan_obs", "inf_obs", "shape", "dtype",
+    "missing", "ragged", "dict_flag", "text_flag", "nan_flag", "two_flags", "half_flag",
 )
+OTHERS = {"Codes": (CodesEnv, {"parts": "image"}), "Echo": (EchoEnv, {}),
+          "Shrinking": (ShrinkingEnv, {}), "Meddling": (MeddlingEnv, {}),
+          "MeddlingInit": (MeddlingEnv, {"in_init": True})}
 
 for name, kwargs in COUNTING.items():
     gym.register(f"{name}-v0", entry_point=f"{__name__}:CountingEnv", kwargs=kwargs)
 for fault in FAULTS:  # "nan_reward" is NanReward-v0
     name = fault.title().replace("_", "")
     gym.register(f"{name}-v0", entry_point=f"{__name__}:BrokenEnv", kwargs={"fault": fault})
-gym.register("Codes-v0", entry_point=f"{__name__}:CodesEnv", kwargs={"parts": "image"})
-gym.register("Echo-v0", entry_point=f"{__name__}:EchoEnv")
-gym.register("Shrinking-v0", entry_point=f"{__name__}:ShrinkingEnv")
+for kind in ("pil", "gray", "rgb", "float", "chw"):
+    gym.register(f"Render{kind.title()}-v0", entry_point=f"{__name__}:RenderEnv",
+                 kwargs={"kind": kind})
+for name, (entry_point, kwargs) in OTHERS.items():
+    gym.register(f"{name}-v0", entry_point=entry_point, kwargs=kwargs)

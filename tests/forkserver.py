@@ -16,7 +16,7 @@ import torch.utils.tensorboard  # noqa: E402
 import tyro  # noqa: E402, F401
 
 import common.envs  # noqa: E402
-import common.runs  # noqa: E402, F401
+import common.run  # noqa: E402, F401
 
 torch.set_num_threads(1)
 
