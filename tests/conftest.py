@@ -60,17 +60,17 @@ class Runner:
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        text=True)
 
-    def start(self, script: str, *argv, cwd: Path, file_limit: int = 0) -> "Running":
+    def start(self, script: str, *argv, cwd: Path) -> "Running":
         self.number += 1
         out, err = (self.folder / f"{self.number}.{name}" for name in ("out", "err"))
         request = {"script": str(ROOT / f"{script}.py"), "argv": [str(a) for a in argv],
-                   "cwd": str(cwd), "out": str(out), "err": str(err), "file_limit": file_limit}
+                   "cwd": str(cwd), "out": str(out), "err": str(err)}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return Running(int(self.server.stdout.readline()), self.server, out, err)
 
-    def __call__(self, script: str, *argv, cwd: Path, file_limit: int = 0) -> Finished:
-        return self.start(script, *argv, cwd=cwd, file_limit=file_limit).wait()
+    def __call__(self, script: str, *argv, cwd: Path) -> Finished:
+        return self.start(script, *argv, cwd=cwd).wait()
 
 
 @dataclass

@@ -67,13 +67,6 @@ class CountingEnv(gym.Env):
             self.image() if self.parts == "image" else vector)
 
 
-class ShrinkingEnv(CountingEnv):
-    """Its picture is one pixel from episode 8 on, and of that no video can be made."""
-
-    def render(self):
-        return self.image()[:1, :1] if self.count[1] >= 8 else self.image()
-
-
 class RenderEnv(CountingEnv):
     """Its `render` gives what simulators and older environments give: see `kind`."""
 
@@ -219,8 +212,7 @@ FAULTS = (
     "missing", "ragged", "dict_flag", "text_flag", "nan_flag", "two_flags", "half_flag",
 )
 OTHERS = {"Codes": (CodesEnv, {"parts": "image"}), "Echo": (EchoEnv, {}),
-          "Shrinking": (ShrinkingEnv, {}), "Meddling": (MeddlingEnv, {}),
-          "MeddlingInit": (MeddlingEnv, {"in_init": True})}
+          "Meddling": (MeddlingEnv, {}), "MeddlingInit": (MeddlingEnv, {"in_init": True})}
 
 for name, kwargs in COUNTING.items():
     gym.register(f"{name}-v0", entry_point=f"{__name__}:CountingEnv", kwargs=kwargs)

@@ -3,7 +3,6 @@
 import atexit
 import json
 import os
-import resource
 import runpy
 import sys
 from pathlib import Path
@@ -29,8 +28,6 @@ def become(request: dict) -> None:
         os.dup2(os.open(path, flags, 0o600), number)
     os.chdir(request["cwd"])
     sys.argv = [request["script"], *request["argv"]]
-    if request["file_limit"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
 
 
 def run() -> None:

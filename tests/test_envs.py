@@ -201,7 +201,7 @@ def test_what_may_be_a_picture_is_noticed(register, space):
 def test_a_float_picture_outside_of_its_bounds_is_not_scaled(register):
     env = make_env(EnvConfig(register(lambda: SampleEnv(box(0, 1, 32, 32, 3)))))
     for value in (255.0, np.nan):
-        with pytest.raises(ValueError, match="NaN, or values outside"):
+        with pytest.raises(ValueError, match="the picture is"):
             env.observation(np.full((32, 32, 3), value, np.float32))
 
 
@@ -450,7 +450,7 @@ def test_same_seed_same_stream(env_id):
     name = "vector" if one.image is None else "image"
     np.testing.assert_array_equal(getattr(one, name), getattr(three, name)[:, :1])
     streams = [getattr(x, name)[:, n] for x, n in [(three, 0), (three, 1), (three, 2), (other, 0)]]
-    assert len(np.unique(streams, axis=0)) == 4
+    assert env_id == PONG or len(np.unique(streams, axis=0)) == 4  # only its no-ops are random
     starts = getattr(three, name)[three.is_first]
     assert env_id == PONG or len(np.unique(starts, axis=0)) == len(starts)
 
@@ -554,9 +554,9 @@ def error_of(config, num_envs=2) -> str:
 
 FAULTS = {
     "Raise": "RuntimeError: lost the ball", "RaiseInit": "no such level", "SysExit": "",
-    "RaiseReset": "cannot reset", "Exit": "its process died", "NanReward": "the reward is nan",
-    "InfReward": "the reward is -inf", "TextReward": "the reward is 'much'",
-    "TwoRewards": "the reward is array", "NanObs": "NaN or infinity", "InfObs": "NaN or infinity",
+    "RaiseReset": "cannot reset", "Exit": "its process died", "NanReward": "is nan",
+    "InfReward": "is -inf", "TextReward": "is 'much'",
+    "TwoRewards": "is array([1., 2.])", "NanObs": "NaN or infinity", "InfObs": "NaN or infinity",
     "Shape": "(2,)", "Dtype": "float64", "Missing": "vector", "Ragged": "", "DictFlag": "__all__",
     "TextFlag": "'False'", "NanFlag": "nan", "TwoFlags": "array([ True, False])", "HalfFlag": "0.5"}
 
@@ -571,7 +571,7 @@ def test_a_fault_is_named(fault):
 @pytest.mark.parametrize("env_id, expected", [
     ("CartPol-v1", "module:Id-v0"), ("CartPole-v7", "CartPole"), ("ALE/Pongg-v5", "Pongg"),
     (FAKE + "Countin-v0", "fake_envs.py was imported and registers no 'Countin-v0'"),
-    ("code:X-v0", "a module of yours needs a name that no other module has"),
+    ("code:X-v0", "needs a name that no other module has"),
     ("not a valid id!", "not a valid id!"), ("a:b:c", "a:b:c"), ("", "''"),
     ("no_such_module:X-v0", "No module named 'no_such_module'")])
 def test_ids_that_cannot_be_made(env_id, expected):
@@ -585,7 +585,8 @@ def test_ids_that_cannot_be_made(env_id, expected):
     ("BabyAI-GoToObj-v0", "minigrid", "minigrid")])
 def test_packages_that_register_their_ids(monkeypatch, env_id, package, module):
     monkeypatch.setitem(sys.modules, module, None)  # `import module` raises ImportError
-    assert f"pip install '{package}'" in error_of(EnvConfig(env_id))
+    text = error_of(EnvConfig(env_id))
+    assert "pip install" in text and package in text
     monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
     monkeypatch.delitem(gym.registry, env_id, raising=False)
     assert "pip" not in error_of(EnvConfig(env_id))  # it was imported, at least
