@@ -208,8 +208,8 @@ COUNTING = {
 }
 FAULTS = (
     "raise", "raise_init", "raise_reset", "sys_exit", "exit", "hang", "hang_init", "hang_reset",
-    "nan_reward", "inf_reward", "text_reward", "two_rewards", "nan_obs", "inf_obs", "shape", "dtype",
-    "missing", "ragged", "dict_flag", "text_flag", "nan_flag", "two_flags", "half_flag",
+    "nan_reward", "inf_reward", "text_reward", "two_rewards", "nan_obs", "inf_obs", "shape",
+    "dtype", "missing", "ragged", "dict_flag", "text_flag", "nan_flag", "two_flags", "half_flag",
 )
 OTHERS = {"Codes": (CodesEnv, {"parts": "image"}), "Echo": (EchoEnv, {}),
           "Meddling": (MeddlingEnv, {}), "MeddlingInit": (MeddlingEnv, {"in_init": True})}

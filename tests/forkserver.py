@@ -31,7 +31,7 @@ def become(request: dict) -> None:
 
 
 def run() -> None:
-    """Run the script and leave as Python does, but without tearing torch down: that takes a second."""
+    """Run the script and leave as Python does, but without the second that torch's end takes."""
     code = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import types
 from contextlib import closing
+from pathlib import Path
 
 import cv2
 import gymnasium as gym
@@ -38,7 +39,8 @@ def box(low, high, *shape, dtype=np.float32):
 
 def actions(spec: EnvSpec, num_envs: int, rng: np.random.Generator) -> np.ndarray:
     if spec.discrete:
-        return np.eye(spec.action_dim, dtype=np.float32)[rng.integers(spec.action_dim, size=num_envs)]
+        one_hot = np.eye(spec.action_dim, dtype=np.float32)
+        return one_hot[rng.integers(spec.action_dim, size=num_envs)]
     return rng.uniform(-1, 1, (num_envs, spec.action_dim)).astype(np.float32)
 
 
@@ -51,11 +53,6 @@ def play(config, num_envs, steps, seed=0, same_action=False):
             action = actions(envs.spec, 1 if same_action else num_envs, rng)
             trace.append(envs.step(np.repeat(action, num_envs, 0) if same_action else action))
     return type(trace[0])(*[None if f[0] is None else np.stack(f) for f in zip(*trace)])
-
-
-def assert_same(left, right):
-    for name, a, b in zip(left._fields, left, right):
-        np.testing.assert_array_equal(a, b, err_msg=name)
 
 
 @pytest.fixture
@@ -75,21 +72,18 @@ def register():
 
 @pytest.fixture
 def module(monkeypatch, tmp_path):
-    """module(name, code): a file that can be imported in this test, and stands where the user is."""
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    """module(name, code): a file that can be imported, and that stands where the user is."""
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    known, ids = set(sys.modules), set(gym.registry)
-    yield lambda name, code: (tmp_path / f"{name}.py").write_text(textwrap.dedent(code))
-    for name in set(sys.modules) - known:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-    for env_id in set(gym.registry) - ids:
-        if not env_id.startswith(("ALE/", "dm_control/", "MiniGrid", "BabyAI")):
-            del gym.registry[env_id]
+
+    def write(name, code):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(code))
+
+    return write
 
 
-# ------------------------------------------------------------------------ contract
-
+# ---- contract
 
 @pytest.mark.parametrize("env_id, repeat, expected", [
     ("CartPole-v1", 1, EnvSpec(None, 4, 2, True)),
@@ -111,17 +105,16 @@ def test_contract(env_id, repeat, expected):
         steps, rng = [envs.reset()], np.random.default_rng(0)
         assert steps[0].is_first.all() and steps[0].reward == 0 and steps[0].episode_length == 0
         steps += [envs.step(actions(envs.spec, 1, rng)) for _ in range(20)]
-    types = {"reward": "float32", "is_first": "bool", "is_last": "bool", "is_terminal": "bool",
-             "episode_return": "float64", "episode_length": "int64"}
+    kinds = {"reward": ((1,), "float32"), "episode_return": ((1,), "float64"),
+             "episode_length": ((1,), "int64")}
+    kinds |= dict.fromkeys(("is_first", "is_last", "is_terminal"), ((1,), "bool"))
+    if expected.image_shape:
+        kinds["image"] = (1, *expected.image_shape), "uint8"
+    if expected.vector_dim:
+        kinds["vector"] = (1, expected.vector_dim), "float32"
     for step in steps:
-        assert (step.image is None) == (expected.image_shape is None)
-        assert step.image is None or step.image.shape == (1, *expected.image_shape)
-        assert step.image is None or step.image.dtype == np.uint8
-        assert (step.vector is None) == (expected.vector_dim == 0)
-        assert step.vector is None or step.vector.shape == (1, expected.vector_dim)
-        assert step.vector is None or step.vector.dtype == np.float32
-        assert {name: getattr(step, name).dtype.name for name in types} == types
-        assert {getattr(step, name).shape for name in types} == {(1,)}
+        assert kinds == {name: (part.shape, part.dtype.name)
+                         for name, part in step._asdict().items() if part is not None}
 
 
 def test_what_a_benchmark_changes():
@@ -132,9 +125,9 @@ def test_what_a_benchmark_changes():
            "other": ["CartPole-v1", "CartPole", "Pendulum-v1", "Nonsense", FAKE + "Counting-v0"]}
     assert {kind: [benchmark(x) for x in some] for kind, some in ids.items()} == {
         kind: [kind] * len(some) for kind, some in ids.items()}
+    envs = PONG, *ids["control"], "CartPole-v1", "Pendulum-v1"
     for script in (dreamer_v1, dreamer_v2, dreamer_v3):
-        atari, control, discrete, continuous = (
-            script.Args(env_id=x) for x in (PONG, ids["control"][0], "CartPole-v1", "Pendulum-v1"))
+        atari, control, discrete, continuous = (script.Args(env_id=x) for x in envs)
         assert [x.action_repeat for x in (atari, control, discrete, continuous)] == [4, 2, 1, 1]
         assert not (control.grayscale or discrete.grayscale or continuous.grayscale)
         assert atari.grayscale == (script is dreamer_v2)
@@ -142,15 +135,15 @@ def test_what_a_benchmark_changes():
         assert script is dreamer_v3 or (discrete.pcont and continuous.pcont), "tasks that end"
 
 
-# ------------------------------------------------------------------------ observations
+# ---- observations
 
-
-def observe(register, space):
+def observe(register, space, **kwargs):
     """(what the environment gave, what came out, EnvSpec, notices) for one reset."""
-    env = make_env(EnvConfig(register(lambda: SampleEnv(space)), image_size=8))
+    env = make_env(EnvConfig(register(lambda: SampleEnv(space)), image_size=8, **kwargs))
     observation, _ = env.reset(seed=1)
     assert env.observation_space.contains(observation)
-    return env.unwrapped.given, observation, env_spec(env.observation_space, env.action_space), env.notices
+    spec = env_spec(env.observation_space, env.action_space)
+    return env.unwrapped.given, observation, spec, env.notices
 
 
 def test_dict_stacks_images_and_flattens_the_rest(register):
@@ -174,43 +167,34 @@ def test_dict_stacks_images_and_flattens_the_rest(register):
     ((16, 12), 1), ((16, 12, 1), 1), ((16, 12, 3), 3), ((1, 16, 12), 1), ((3, 16, 12), 3),
     ((16, 12, 4), 4), ((4, 16, 12), 4), ((24, 20, 9), 9), ((16, 24, 20), 16), ((4, 16, 12, 3), 12)])
 def test_images_of_every_layout_are_resized_by_area(register, shape, channels):
-    given, out, spec, notices = observe(register, box(0, 255, *shape, dtype=np.uint8))
+    """Luminance if grey is asked for."""
+    space = box(0, 255, *shape, dtype=np.uint8)
+    given, out, spec, notices = observe(register, space)
     assert out["image"].shape == spec.image_shape == (8, 8, channels) and not notices
     axes = {2: "hw", 4: "khwc"}.get(len(shape), "hwc" if shape[-1] == channels else "chw")
     sides = axes.index("h"), axes.index("w")
     mean = out["image"].mean((0, 1))
     assert np.abs(mean - given.mean(sides).ravel()).max() < 1  # area keeps the mean
+    if channels == 3:
+        grey = observe(register, space, grayscale=True)[1]["image"].mean((0, 1))
+        assert grey.shape == (1,) and abs(grey[0] - mean @ [0.299, 0.587, 0.114]) < 1
 
 
 @pytest.mark.parametrize("low, high, dtype", [
     (0, 1, np.float32), (0, 255, np.float32), (-1, 1, np.float64), (0, 255, np.int64)])
 @pytest.mark.parametrize("shape", [(32, 24, 3), (3, 32, 24), (32, 24, 1), (32, 24), (4, 32, 24)])
 def test_what_looks_like_a_picture_becomes_one(register, low, high, dtype, shape):
-    given, out, spec, notices = observe(register, spaces.Dict(rgb=box(low, high, *shape, dtype=dtype)))
+    space = spaces.Dict(rgb=box(low, high, *shape, dtype=dtype))
+    given, out, spec, notices = observe(register, space)
     channels = 1 if len(shape) == 2 else min(shape)
     assert spec == EnvSpec((8, 8, channels), 0, 2, True) and len(notices) == 1
     assert abs(out["image"].mean() - 255 * (given["rgb"].mean() - low) / (high - low)) < 1
 
 
-@pytest.mark.parametrize("space", [box(0, 1, 4, 4, 3), box(-5, 5, 32, 24, 3), box(0, 1, 32, 24, 17)])
+@pytest.mark.parametrize("space", [box(0, 1, 4, 4, 3), box(-5, 5, 32, 24, 3)])
 def test_what_may_be_a_picture_is_noticed(register, space):
     _, out, spec, notices = observe(register, space)
     assert spec == EnvSpec(None, space.low.size, 2, True) and "not for a picture" in notices[0]
-
-
-def test_a_float_picture_outside_of_its_bounds_is_not_scaled(register):
-    env = make_env(EnvConfig(register(lambda: SampleEnv(box(0, 1, 32, 32, 3)))))
-    for value in (255.0, np.nan):
-        with pytest.raises(ValueError, match="the picture is"):
-            env.observation(np.full((32, 32, 3), value, np.float32))
-
-
-def test_grayscale_is_luminance(register):
-    env = make_env(EnvConfig(register(lambda: SampleEnv(box(0, 255, 8, 8, 3, dtype=np.uint8))),
-                             image_size=8, grayscale=True))
-    out, _ = env.reset(seed=0)
-    luminance = env.unwrapped.given @ np.array([0.299, 0.587, 0.114])
-    assert np.abs(out["image"][..., 0] - luminance).max() < 1
 
 
 def test_a_dark_first_picture_is_noticed(capfd):
@@ -221,8 +205,7 @@ def test_a_dark_first_picture_is_noticed(capfd):
             assert ("almost black" in said) == is_dark and said.count("--pixels") == is_dark
 
 
-# ------------------------------------------------------------------------ actions
-
+# ---- actions
 
 def echo(register, space, action):
     env = make_env(EnvConfig(register(lambda: EchoEnv(space))))
@@ -253,24 +236,21 @@ def test_every_combination_is_one_discrete_action(register, space, count):
     assert len(seen) == env.action_space.n == count
 
 
-# ------------------------------------------------------------------------ time
-
+# ---- time
 
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_next_step_autoreset(num_envs):
     trace = play(fake(image_size=8), num_envs, steps=2 * (LENGTH + 1))
     t = np.arange(2 * (LENGTH + 1) + 1)
     step, episode = t % (LENGTH + 1), t // (LENGTH + 1)
+    vector = np.stack([step, episode, episode * LENGTH + step], -1)
+    expected = {"vector": vector, "reward": step, "is_first": step == 0, "is_last": step == LENGTH,
+                "is_terminal": step == LENGTH, "episode_return": step * (step + 1) / 2,
+                "episode_length": step}
     for n in range(num_envs):
-        total = episode * LENGTH + step
-        np.testing.assert_array_equal(trace.vector[:, n], np.stack([step, episode, total], -1))
-        np.testing.assert_array_equal(trace.image[:, n, 3, 5], trace.vector[:, n])
-        np.testing.assert_array_equal(trace.reward[:, n], step)
-        np.testing.assert_array_equal(trace.is_first[:, n], step == 0)
-        np.testing.assert_array_equal(trace.is_last[:, n], step == LENGTH)
-        np.testing.assert_array_equal(trace.is_terminal[:, n], step == LENGTH)
-        np.testing.assert_array_equal(trace.episode_return[:, n], step * (step + 1) / 2)
-        np.testing.assert_array_equal(trace.episode_length[:, n], step)
+        np.testing.assert_array_equal(trace.image[:, n, 3, 5], vector)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(getattr(trace, name)[:, n], values, err_msg=name)
 
 
 def test_time_limits_are_not_terminals():
@@ -291,8 +271,7 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end():
     assert trace.episode_length[:, 0].tolist() == [0, 1, 2, 0]
 
 
-# ------------------------------------------------------------------------ Atari
-
+# ---- Atari
 
 def frames_of_a_step(env) -> int:
     before = env.unwrapped.ale.getEpisodeFrameNumber()
@@ -341,8 +320,7 @@ def test_a_variant_of_a_game_is_known_as_atari_the_first_time(module):
     assert trace.is_last[:, 0].nonzero()[0].tolist() == [25] and not trace.is_terminal.any()
 
 
-# ------------------------------------------------------------------------ pictures that are rendered
-
+# ---- rendered
 
 def test_pixels_are_the_rendered_picture():
     trace = play(fake("CountingVector", image_size=8, pixels=True, action_repeat=2), 2, steps=2)
@@ -361,7 +339,7 @@ def test_frames_of_every_kind(kind):
 
 
 def test_frames_that_are_no_pictures_are_named():
-    assert "uint8(3, 48, 60)" in error_of(fake("RenderChw", pixels=True))
+    assert "(3, 48, 60)" in error_of(fake("RenderChw", pixels=True))
 
 
 @pytest.mark.parametrize("task, camera", [("walker-walk", 0), ("quadruped-walk", 2)])
@@ -382,16 +360,16 @@ def test_dm_control_is_seen_by_the_authors_camera(task, camera):
 
 def test_dm_control_prints_no_warning_without_a_display():
     pytest.importorskip("shimmy")
-    env = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MUJOCO_GL")}
-    code = ("from common.envs import *\n"
-            "make_env(EnvConfig('dm_control/cartpole-swingup-v0')).reset(seed=0)")
+    env = os.environ.copy()
+    for name in ("DISPLAY", "MUJOCO_GL"):
+        env.pop(name, None)
+    code = "from common.envs import *; make_env(EnvConfig('dm_control/cartpole-swingup-v0'))"
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 0 and "GLFW" not in done.stderr, done.stderr
 
 
-# ------------------------------------------------------------------------ README's environments
-
+# ---- README's environments
 
 def code_in(path, name: str) -> str:
     code = path.read_text().partition(f"<!-- {name}:begin -->\n")[2]
@@ -401,44 +379,34 @@ def code_in(path, name: str) -> str:
 def test_the_task_of_the_readme(module):
     """The newcomer's environment: twenty steps, and a reward for the largest of three numbers."""
     module("my_task", code_in(ROOT / "README.md", "my_task"))
-    steps = []
     with closing(Envs(EnvConfig("my_task:MyTask-v1"), 1, 0)) as envs:
-        steps.append(envs.reset())
-        while len(steps) < 42:  # the best action in the first episode, the worst in the second
-            goal = steps[-1].vector * (1 if len(steps) < 21 else -1)
-            steps.append(envs.step(np.eye(3, dtype=np.float32)[goal.argmax(-1)]))
-    assert [i for i, step in enumerate(steps) if step.is_last] == [20, 41]
-    assert [float(step.reward[0]) for step in steps] == [0.0] + 20 * [1.0] + 21 * [0.0]
-    assert not any(step.is_terminal for step in steps)  # a time limit
+        steps = [envs.reset()]
+        while not steps[-1].is_last:
+            steps.append(envs.step(np.eye(3, dtype=np.float32)[steps[-1].vector.argmax(-1)]))
+    assert len(steps) == 21 and steps[-1].episode_return == 20 and not steps[-1].is_terminal
     check_env(gym.make("my_task:MyTask-v1").unwrapped)
 
 
-def test_the_wrapper_for_crafter(monkeypatch, module):
-    """With something that behaves like Crafter: three steps, and every other episode ends by death."""
+def test_the_wrapper_for_crafter(module):
+    """With something that behaves like Crafter: every episode ends by death after three steps."""
     module("crafter", """
         import numpy as np
         class Env:
-            episodes = 0
             def __init__(self, seed):
-                Env.episodes += 1
-                self.steps, self.dies = 0, Env.episodes % 2
-                assert 0 <= seed < 2**31
+                self.steps = 0
             def reset(self):
                 return np.zeros((64, 64, 3), np.uint8)
             def step(self, action):
                 self.steps += 1
-                done = self.steps == 3
-                return self.reset(), 0.1, done, {"discount": 1.0 - (done and self.dies)}""")
-    monkeypatch.delitem(sys.modules, "crafter", raising=False)
+                return self.reset(), 0.1, self.steps == 3, {"discount": float(self.steps < 3)}""")
     module("crafter_env", code_in(ROOT / "common" / "README.md", "crafter"))
     trace = play(EnvConfig("crafter_env:Crafter-v1"), 1, steps=16)
     assert trace.image.shape == (17, 1, 64, 64, 3)
     assert trace.is_last[:, 0].nonzero()[0].tolist() == [3, 7, 11, 15]
-    assert trace.is_terminal[:, 0].sum() == 2
+    assert (trace.is_terminal == trace.is_last).all()
 
 
-# ------------------------------------------------------------------------ seeds and processes
-
+# ---- seeds and processes
 
 @pytest.mark.parametrize("env_id", ["LunarLander-v3", PONG, FAKE + "Meddling-v0"])
 def test_same_seed_same_stream(env_id):
@@ -466,13 +434,10 @@ def test_env_seed_fixes_every_episode():
 @pytest.mark.parametrize("name", ["Meddling", "MeddlingInit"])
 def test_an_environment_cannot_touch_the_agent(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(1)
-    np.random.seed(1)
-    expected = torch.rand(3), np.random.rand(3)
-    torch.manual_seed(1)
-    np.random.seed(1)
+    before = torch.get_rng_state(), str(np.random.get_state())
     play(fake(name), 2, steps=2 * LENGTH)
-    assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert str(np.random.get_state()) == before[1]
     assert os.getcwd() == str(tmp_path)
 
 
@@ -491,7 +456,7 @@ SCRIPT = """
     import numpy as np
     from common.envs import EnvConfig
     from common.vector import Envs
-    open("marker", "a").write("imported\\n")     # once, if processes do not import the main script
+    open("marker", "a").write("imported ")  # once, if processes do not import the main script
     if __name__ == "__main__":
         import torch
         envs = Envs(EnvConfig("tests.fake_envs:Hang-v0"), 2, 0)
@@ -505,9 +470,8 @@ SCRIPT = """
 
 def alive(pid: str) -> bool:
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # the second if it ends after `open`
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # the second if it ends when it was opened
         return False
 
 
@@ -520,14 +484,12 @@ def test_processes_die_with_a_killed_parent_and_import_neither_its_script_nor_to
                           env=dict(os.environ, PYTHONPATH=str(ROOT)), cwd=tmp_path) as parent:
         pids = parent.stdout.readline().split()
         assert len(pids) == 2 and all(map(alive, pids))
-        for pid in pids:
-            with open(f"/proc/{pid}/maps") as file:
-                assert "libtorch" not in file.read()
+        assert not any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in pids)
         if state == "hang":
             wait_until((tmp_path / "hangs").exists)
         parent.kill()
     wait_until(lambda: not any(map(alive, pids)))
-    assert (tmp_path / "marker").read_text() == "imported\n"
+    assert (tmp_path / "marker").read_text() == "imported "
 
 
 def test_signals_are_for_the_parent_alone_and_processes_leave_on_close():
@@ -540,8 +502,7 @@ def test_signals_are_for_the_parent_alone_and_processes_leave_on_close():
     assert [process.exitcode for process in processes] == [0, 0]
 
 
-# ------------------------------------------------------------------------ errors of one line
-
+# ---- errors of one line
 
 def error_of(config, num_envs=2) -> str:
     with pytest.raises(EnvError) as caught, closing(Envs(config, num_envs, 0)) as envs:
@@ -555,8 +516,8 @@ def error_of(config, num_envs=2) -> str:
 FAULTS = {
     "Raise": "RuntimeError: lost the ball", "RaiseInit": "no such level", "SysExit": "",
     "RaiseReset": "cannot reset", "Exit": "its process died", "NanReward": "is nan",
-    "InfReward": "is -inf", "TextReward": "is 'much'",
-    "TwoRewards": "is array([1., 2.])", "NanObs": "NaN or infinity", "InfObs": "NaN or infinity",
+    "InfReward": "is -inf", "TextReward": "is 'much'", "TwoRewards": "is array([1., 2.])",
+    "NanObs": "NaN", "InfObs": "infinity",
     "Shape": "(2,)", "Dtype": "float64", "Missing": "vector", "Ragged": "", "DictFlag": "__all__",
     "TextFlag": "'False'", "NanFlag": "nan", "TwoFlags": "array([ True, False])", "HalfFlag": "0.5"}
 
@@ -570,8 +531,8 @@ def test_a_fault_is_named(fault):
 
 @pytest.mark.parametrize("env_id, expected", [
     ("CartPol-v1", "module:Id-v0"), ("CartPole-v7", "CartPole"), ("ALE/Pongg-v5", "Pongg"),
-    (FAKE + "Countin-v0", "fake_envs.py was imported and registers no 'Countin-v0'"),
-    ("code:X-v0", "needs a name that no other module has"),
+    (FAKE + "Countin-v0", "fake_envs.py registers no 'Countin-v0'"),
+    *[(f"{name}:X-v0", "registers no 'X-v0'") for name in ("test", "code", "queue")],
     ("not a valid id!", "not a valid id!"), ("a:b:c", "a:b:c"), ("", "''"),
     ("no_such_module:X-v0", "No module named 'no_such_module'")])
 def test_ids_that_cannot_be_made(env_id, expected):
@@ -598,7 +559,6 @@ def test_packages_that_register_their_ids(monkeypatch, env_id, package, module):
     (box(0, 1, 2), spaces.MultiDiscrete([32, 33]), "1,056 combinations"),
     (box(0, 1, 2), spaces.Dict(a=spaces.Discrete(2)), "Dict('a': Discrete(2)) is not supported"),
     (spaces.Text(5), spaces.Discrete(2), "no part that is a picture or numbers"),
-    (spaces.Dict(), spaces.Discrete(2), "no part that is a picture or numbers"),
     (spaces.Dict(a=spaces.Sequence(spaces.Discrete(3))), spaces.Discrete(2), "Sequence"),
     (box(0, 1, 2), None, "rgb_array")])
 def test_what_is_not_supported_is_named(register, space, action_space, expected):
