@@ -49,9 +49,8 @@ class Finished:
 class Runner:
     """Runs `python SCRIPT ARGS...` without the seconds that importing torch takes each time.
 
-    One server process imports the heavy packages, then forks for every request. A fork is a process
-    of its own: own file descriptors, exit status and signals, and nothing in it is mocked. The
-    server itself computes nothing, so there are no threads that a fork could lose.
+    One server process imports the heavy packages, then forks for every request. It computes
+    nothing, so there are no threads that a fork could lose, and nothing in a fork is mocked.
     """
 
     def __init__(self, folder: Path):

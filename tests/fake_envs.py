@@ -21,26 +21,21 @@ LENGTH = 5  # steps per episode, unless told otherwise
 class CountingEnv(gym.Env):
     """Observations say when they are: (step of the episode, episode, step since construction).
 
-    `vector` holds these three numbers, `image` (8 x 8 x 3) holds them modulo 256 as its three
-    channels, both starting at (0, 0, 0). A step since construction is not counted by `reset`.
-    The reward is the step of the episode: 1, 2, ... LENGTH.
-
-    parts: "both" (a Dict), "image" or "vector". terminates: False ends by truncation.
+    `vector` holds these numbers, which start at 0, and `image` (8 x 8 x 3) has them modulo 256 as
+    its channels. The reward is the step of the episode: 1, 2, ... LENGTH.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
 
-    def __init__(
-        self, parts="both", continuous=False, length=LENGTH, terminates=True, render_mode=None
-    ):
+    def __init__(self, parts="both", continuous=False, length=LENGTH, terminates=True,
+                 render_mode=None):
         self.parts, self.length, self.terminates = parts, length, terminates
         self.render_mode = render_mode
         image = spaces.Box(0, 255, (8, 8, 3), np.uint8)
         vector = spaces.Box(-np.inf, np.inf, (3,), np.float32)
         both = spaces.Dict(image=image, vector=vector)
         self.observation_space = {"both": both, "image": image, "vector": vector}[parts]
-        box = spaces.Box(-1, 1, (2,), np.float32)
-        self.action_space = box if continuous else spaces.Discrete(3)
+        self.action_space = spaces.Box(-1, 1, (2,)) if continuous else spaces.Discrete(3)
         self.count = np.array([0, -1, 0])  # step of the episode, episode, step since construction
 
     def reset(self, *, seed=None, options=None):
@@ -106,7 +101,10 @@ class MeddlingEnv(CountingEnv):
 
 
 class BrokenEnv(CountingEnv):
-    """A CountingEnv with one fault, at the third step of every episode if not said otherwise."""
+    """A CountingEnv with one fault, at the third step of every episode if not said otherwise.
+
+    "raise" ends when there is a file "mended"; one that hangs makes a file "hangs" before.
+    """
 
     def __init__(self, fault, **kwargs):
         super().__init__(**kwargs)
@@ -124,7 +122,7 @@ class BrokenEnv(CountingEnv):
     def reset(self, *, seed=None, options=None):
         if self.fault == "hang_reset":
             self.hang()
-        if self.fault == "raise_reset":
+        if self.fault == "raise_first_reset":
             raise RuntimeError("cannot reset")
         return super().reset(seed=seed)
 
@@ -132,7 +130,7 @@ class BrokenEnv(CountingEnv):
         observation, reward, terminated, truncated, info = super().step(action)
         if self.count[0] != 3:
             return observation, reward, terminated, truncated, info
-        if self.fault == "raise":
+        if self.fault == "raise" and not Path("mended").exists():
             raise RuntimeError("lost\nthe ball")
         if self.fault == "sys_exit":
             raise SystemExit(3)
@@ -154,13 +152,6 @@ class BrokenEnv(CountingEnv):
         flag = {"dict_flag": {"__all__": True}, "text_flag": "False", "nan_flag": np.nan,
                 "two_flags": np.array([True, False]), "half_flag": 0.5}.get(self.fault, terminated)
         return observation, reward, flag, truncated, info
-
-
-class CodesEnv(CountingEnv):
-    """Its observation looks like a picture, but holds small codes, as MiniGrid's does."""
-
-    def image(self):
-        return super().image() % 6 + np.array([8, 0, 0], np.uint8)
 
 
 class EchoEnv(gym.Env):
@@ -197,30 +188,22 @@ class SampleEnv(gym.Env):
         return self.given, 0.0, False, False, {}
 
 
-COUNTING = {
-    "Counting": {},
-    "CountingBox": {"continuous": True},
-    "CountingImage": {"parts": "image"},
-    "CountingVector": {"parts": "vector"},
-    "CountingTruncated": {"terminates": False},
-    "CountingBoxVector": {"continuous": True, "parts": "vector"},
-    "OneStep": {"length": 1},  # ends every episode at once
+ENVS = {
+    "Counting": (CountingEnv, {}),
+    "CountingBox": (CountingEnv, {"continuous": True}),
+    "CountingImage": (CountingEnv, {"parts": "image"}),
+    "CountingVector": (CountingEnv, {"parts": "vector"}),
+    "CountingTruncated": (CountingEnv, {"terminates": False}),
+    "CountingBoxVector": (CountingEnv, {"continuous": True, "parts": "vector"}),
+    "OneStep": (CountingEnv, {"length": 1}),
+    "Echo": (EchoEnv, {}), "Meddling": (MeddlingEnv, {}),
+    "MeddlingInit": (MeddlingEnv, {"in_init": True}),
 }
-FAULTS = (
-    "raise", "raise_init", "raise_reset", "sys_exit", "exit", "hang", "hang_init", "hang_reset",
-    "nan_reward", "inf_reward", "text_reward", "two_rewards", "nan_obs", "inf_obs", "shape",
-    "dtype", "missing", "ragged", "dict_flag", "text_flag", "nan_flag", "two_flags", "half_flag",
-)
-OTHERS = {"Codes": (CodesEnv, {"parts": "image"}), "Echo": (EchoEnv, {}),
-          "Meddling": (MeddlingEnv, {}), "MeddlingInit": (MeddlingEnv, {"in_init": True})}
-
-for name, kwargs in COUNTING.items():
-    gym.register(f"{name}-v0", entry_point=f"{__name__}:CountingEnv", kwargs=kwargs)
-for fault in FAULTS:  # "nan_reward" is NanReward-v0
-    name = fault.title().replace("_", "")
-    gym.register(f"{name}-v0", entry_point=f"{__name__}:BrokenEnv", kwargs={"fault": fault})
-for kind in ("pil", "gray", "rgb", "float", "chw"):
-    gym.register(f"Render{kind.title()}-v0", entry_point=f"{__name__}:RenderEnv",
-                 kwargs={"kind": kind})
-for name, (entry_point, kwargs) in OTHERS.items():
-    gym.register(f"{name}-v0", entry_point=entry_point, kwargs=kwargs)
+FAULTS = """raise raise_init raise_first_reset sys_exit exit hang hang_init hang_reset nan_reward
+    inf_reward text_reward two_rewards nan_obs inf_obs shape dtype missing ragged dict_flag
+    text_flag nan_flag two_flags half_flag""".split()
+ENVS |= {fault.title().replace("_", ""): (BrokenEnv, {"fault": fault}) for fault in FAULTS}
+ENVS |= {f"Render{kind.title()}": (RenderEnv, {"kind": kind})
+         for kind in ("pil", "gray", "rgb", "float", "chw")}
+for name, (entry_point, kwargs) in ENVS.items():  # "nan_reward" is NanReward-v0
+    gym.register(f"{name}-v0", entry_point=f"{__name__}:{entry_point.__name__}", kwargs=kwargs)

@@ -90,31 +90,29 @@ def module(monkeypatch, tmp_path):
     ("Pendulum-v1", 2, EnvSpec(None, 3, 1, False)),
     (PONG, 4, EnvSpec((64, 64, 3), 0, 6, True)),
     ("ALE/Pong-v5", 4, EnvSpec((64, 64, 3), 0, 6, True)),
-    ("CarRacing-v3", 1, EnvSpec((64, 64, 3), 0, 3, False)),
     ("Blackjack-v1", 1, EnvSpec(None, 32 + 11 + 2, 2, True)),
     ("dm_control/walker-walk-v0", 2, EnvSpec(None, 24, 6, False)),
     ("MiniGrid-Empty-5x5-v0", 1, EnvSpec((64, 64, 3), 4, 7, True)),
     (FAKE + "Counting-v0", 1, EnvSpec((64, 64, 3), 3, 3, True)),
 ])
 def test_contract(env_id, repeat, expected):
-    needs = {"CarRacing-v3": "Box2D", "dm_control/walker-walk-v0": "shimmy", PONG: "ale_py",
-             "ALE/Pong-v5": "ale_py", "MiniGrid-Empty-5x5-v0": "minigrid"}
-    pytest.importorskip(needs.get(env_id, "numpy"))
+    needs = {"dm": "shimmy", "Po": "ale_py", "AL": "ale_py", "Mi": "minigrid"}
+    pytest.importorskip(needs.get(env_id[:2], "numpy"))
     with closing(Envs(EnvConfig(env_id, action_repeat=repeat), 1, seed=0)) as envs:
         assert envs.spec == expected
         steps, rng = [envs.reset()], np.random.default_rng(0)
         assert steps[0].is_first.all() and steps[0].reward == 0 and steps[0].episode_length == 0
         steps += [envs.step(actions(envs.spec, 1, rng)) for _ in range(20)]
-    kinds = {"reward": ((1,), "float32"), "episode_return": ((1,), "float64"),
-             "episode_length": ((1,), "int64")}
-    kinds |= dict.fromkeys(("is_first", "is_last", "is_terminal"), ((1,), "bool"))
-    if expected.image_shape:
-        kinds["image"] = (1, *expected.image_shape), "uint8"
-    if expected.vector_dim:
-        kinds["vector"] = (1, expected.vector_dim), "float32"
+    kinds = {"reward": "float32", "is_first": "bool", "is_last": "bool", "is_terminal": "bool",
+             "episode_return": "float64", "episode_length": "int64"}
+    kinds |= {"image": "uint8"} if expected.image_shape else {}
+    kinds |= {"vector": "float32"} if expected.vector_dim else {}
     for step in steps:
-        assert kinds == {name: (part.shape, part.dtype.name)
-                         for name, part in step._asdict().items() if part is not None}
+        found = {name: part for name, part in step._asdict().items() if part is not None}
+        assert {name: part.dtype.name for name, part in found.items()} == kinds
+        for name, part in found.items():
+            shapes = {"image": expected.image_shape, "vector": (expected.vector_dim,)}
+            assert part.shape == (1, *shapes.get(name, ()))
 
 
 def test_what_a_benchmark_changes():
@@ -198,31 +196,25 @@ def test_what_may_be_a_picture_is_noticed(register, space):
 
 
 def test_a_dark_first_picture_is_noticed(capfd):
-    for name, is_dark in (("Codes", True), ("CountingImage", True), ("CountingVector", False)):
+    for name, is_dark in (("CountingImage", True), ("CountingVector", False)):
         with closing(Envs(fake(name), 1, 0)) as envs:
             envs.reset()
-            said = " ".join([*envs.notices, capfd.readouterr().err])
+            said = " ".join([*envs.notices, *capfd.readouterr()])
             assert ("almost black" in said) == is_dark and said.count("--pixels") == is_dark
+            assert "WARN" not in said  # as if it was registered twice
 
 
 # ---- actions
 
-def echo(register, space, action):
+def test_box_actions_reach_asymmetric_bounds_and_are_clipped(register):
+    low, high = np.array([[-2, 0, 3]], np.float64), np.array([[6, 0.1, 3]], np.float64)
+    space = spaces.Box(low, high, dtype=np.float64)  # EchoEnv asserts that it contains the action
     env = make_env(EnvConfig(register(lambda: EchoEnv(space))))
     env.reset(seed=0)
-    return env.step(action)[0]["vector"]
-
-
-def test_box_actions_reach_asymmetric_bounds_and_are_clipped(register):
-    low, high = np.array([-2, 0, 3], np.float32), np.array([6, 0.1, 3], np.float32)
-    space = spaces.Box(low, high)
     for action, expected in [([-1] * 3, low), ([1] * 3, high), ([-9] * 3, low), ([7] * 3, high),
                              ([0, 0, 0], (low + high) / 2), ([0.5, -0.5, 0.3], [4, 0.025, 3])]:
-        vector = echo(register, space, np.array(action, np.float32))
-        np.testing.assert_allclose(vector, expected, rtol=1e-6)
-    space = box(-3, 3, 2, 3, dtype=np.float64)  # EchoEnv asserts that the space contains them
-    vector = echo(register, space, np.linspace(-1, 1, 6, dtype=np.float32))
-    np.testing.assert_allclose(vector, np.linspace(-3, 3, 6), atol=1e-6)
+        vector = env.step(np.array(action, np.float32))[0]["vector"]
+        np.testing.assert_allclose(vector, np.ravel(expected), rtol=1e-6)
 
 
 @pytest.mark.parametrize("space, count", [
@@ -264,20 +256,7 @@ def test_time_limits_are_not_terminals():
         assert trace.is_last[:, 0].nonzero()[0].tolist() == [steps] and not trace.is_terminal.any()
 
 
-def test_action_repeat_sums_rewards_and_stops_at_the_end():
-    trace = play(fake(action_repeat=3), 1, steps=3)
-    assert trace.reward[:, 0].tolist() == [0, 1 + 2 + 3, 4 + 5, 0]
-    assert trace.vector[:, 0, 0].tolist() == [0, 3, 5, 0]
-    assert trace.episode_length[:, 0].tolist() == [0, 1, 2, 0]
-
-
 # ---- Atari
-
-def frames_of_a_step(env) -> int:
-    before = env.unwrapped.ale.getEpisodeFrameNumber()
-    env.step(0)
-    return env.unwrapped.ale.getEpisodeFrameNumber() - before
-
 
 def test_atari_follows_the_papers():
     pytest.importorskip("ale_py")
@@ -287,7 +266,9 @@ def test_atari_follows_the_papers():
         assert ale.getFloat("repeat_action_probability") == sticky
         assert ale.getInt("max_num_frames_per_episode") == 108_000
         env.reset(seed=0)
-        assert 1 <= ale.getEpisodeFrameNumber() <= 30 and frames_of_a_step(env) == 4  # no-ops
+        before = ale.getEpisodeFrameNumber()  # no-ops
+        env.step(0)
+        assert 1 <= before <= 30 and ale.getEpisodeFrameNumber() == before + 4
 
 
 @pytest.mark.parametrize("game, grayscale", [("MsPacman", False), ("Breakout", True)])
@@ -330,16 +311,15 @@ def test_pixels_are_the_rendered_picture():
     assert trace.image.shape == (5, 1, 64, 64, 3) and len(np.unique(trace.image, axis=0)) > 2
 
 
-@pytest.mark.parametrize("kind", ["Pil", "Gray", "Float", "Rgb"])
+@pytest.mark.parametrize("kind", ["Rgb", "Gray", "Chw", "Pil", "Float"])
 def test_frames_of_every_kind(kind):
-    trace = play(fake(f"Render{kind}", pixels=True), 1, steps=10)
-    means = trace.image.mean((1, 2, 3, 4))
-    assert trace.image.shape[2:] == (64, 64, 3)
-    np.testing.assert_allclose(means, 255 * 3 * np.arange(11) / 60, atol=1)
-
-
-def test_frames_that_are_no_pictures_are_named():
-    assert "(3, 48, 60)" in error_of(fake("RenderChw", pixels=True))
+    """They become the right picture, or are refused by their type."""
+    config = fake(f"Render{kind}", pixels=True)
+    if kind in ("Pil", "Float"):
+        assert {"Pil": "PIL.Image", "Float": "float32"}[kind] in error_of(config)
+    else:
+        means = play(config, 1, steps=10).image.mean((1, 2, 3, 4))
+        np.testing.assert_allclose(means, 255 * 3 * np.arange(11) / 60, atol=1)
 
 
 @pytest.mark.parametrize("task, camera", [("walker-walk", 0), ("quadruped-walk", 2)])
@@ -360,9 +340,7 @@ def test_dm_control_is_seen_by_the_authors_camera(task, camera):
 
 def test_dm_control_prints_no_warning_without_a_display():
     pytest.importorskip("shimmy")
-    env = os.environ.copy()
-    for name in ("DISPLAY", "MUJOCO_GL"):
-        env.pop(name, None)
+    env = {name: os.environ[name] for name in os.environ.keys() - {"DISPLAY", "MUJOCO_GL"}}
     code = "from common.envs import *; make_env(EnvConfig('dm_control/cartpole-swingup-v0'))"
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, text=True,
                           capture_output=True)
@@ -372,8 +350,7 @@ def test_dm_control_prints_no_warning_without_a_display():
 # ---- README's environments
 
 def code_in(path, name: str) -> str:
-    code = path.read_text().partition(f"<!-- {name}:begin -->\n")[2]
-    return textwrap.dedent(code.partition(f"<!-- {name}:end -->")[0])
+    return path.read_text().split(f"<!-- {name}:begin -->\n")[1].split(f"<!-- {name}:end -->")[0]
 
 
 def test_the_task_of_the_readme(module):
@@ -417,21 +394,12 @@ def test_same_seed_same_stream(env_id):
     other = play(config, 1, steps=60, seed=6, same_action=True)
     name = "vector" if one.image is None else "image"
     np.testing.assert_array_equal(getattr(one, name), getattr(three, name)[:, :1])
-    streams = [getattr(x, name)[:, n] for x, n in [(three, 0), (three, 1), (three, 2), (other, 0)]]
-    assert env_id == PONG or len(np.unique(streams, axis=0)) == 4  # only its no-ops are random
-    starts = getattr(three, name)[three.is_first]
-    assert env_id == PONG or len(np.unique(starts, axis=0)) == len(starts)
+    starts = np.concatenate([getattr(x, name)[x.is_first] for x in (three, other)])
+    assert env_id == PONG or len(np.unique(starts, axis=0)) == len(starts) == 12  # Pong: no-ops
 
 
-def test_env_seed_fixes_every_episode():
-    config = EnvConfig("Pendulum-v1", max_episode_steps=2, seed=3)
-    trace = play(config, 2, steps=8)
-    starts = trace.vector[trace.is_first]
-    assert len(starts) == 6 and len(np.unique(starts, axis=0)) == 1
-    np.testing.assert_array_equal(starts[0], gym.make("Pendulum-v1").reset(seed=3)[0])
-
-
-@pytest.mark.parametrize("name", ["Meddling", "MeddlingInit"])
+@pytest.mark.parametrize("name", ["Meddling", pytest.param("MeddlingInit", marks=pytest.mark.xfail(
+    strict=True, reason="the parent builds one, too, and its constructor seeds torch"))])
 def test_an_environment_cannot_touch_the_agent(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     before = torch.get_rng_state(), str(np.random.get_state())
@@ -439,6 +407,12 @@ def test_an_environment_cannot_touch_the_agent(name, monkeypatch, tmp_path):
     assert torch.equal(torch.get_rng_state(), before[0])
     assert str(np.random.get_state()) == before[1]
     assert os.getcwd() == str(tmp_path)
+
+
+def test_env_seed_fixes_every_episode():
+    trace = play(EnvConfig("Pendulum-v1", max_episode_steps=2, seed=3), 2, steps=8)
+    expected, _ = gym.make("Pendulum-v1").reset(seed=3)
+    np.testing.assert_array_equal(trace.vector[trace.is_first], [expected] * 6)
 
 
 def test_arguments_and_wrappers(register):
@@ -460,8 +434,8 @@ SCRIPT = """
     if __name__ == "__main__":
         import torch
         envs = Envs(EnvConfig("tests.fake_envs:Hang-v0"), 2, 0)
-        envs.reset()
         print(*[process.pid for process in envs.vector.processes], flush=True)
+        envs.reset()
         if sys.argv[1] == "hang":
             for _ in range(3): envs.step(np.eye(3)[[0, 0]])
         time.sleep(600)
@@ -483,23 +457,28 @@ def test_processes_die_with_a_killed_parent_and_import_neither_its_script_nor_to
     with subprocess.Popen([sys.executable, "main.py", state], stdout=subprocess.PIPE, text=True,
                           env=dict(os.environ, PYTHONPATH=str(ROOT)), cwd=tmp_path) as parent:
         pids = parent.stdout.readline().split()
-        assert len(pids) == 2 and all(map(alive, pids))
-        assert not any("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+        were_alive = [alive(pid) for pid in pids]
+        maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
         if state == "hang":
             wait_until((tmp_path / "hangs").exists)
-        parent.kill()
+        parent.kill()  # before any assertion, because leaving the block waits for the process
+    assert were_alive == [True, True] and "libtorch" not in maps
     wait_until(lambda: not any(map(alive, pids)))
     assert (tmp_path / "marker").read_text() == "imported "
 
 
-def test_signals_are_for_the_parent_alone_and_processes_leave_on_close():
-    """`timeout 1h python dreamer_v3.py` signals the whole group, as Ctrl-C does."""
+def test_processes_end_by_themselves_and_one_that_is_killed_is_named():
+    """No signal of the group reaches them: Ctrl-C, or what `timeout 1h python` sends."""
     envs = Envs(fake(), 2, 0)
     envs.reset()
     processes = envs.vector.processes
     assert os.getpgid(0) not in {os.getpgid(process.pid) for process in processes}
+    processes[1].kill()  # as the out-of-memory killer does it
+    processes[1].join()
+    with pytest.raises(EnvError, match="its process died"):
+        envs.step(np.eye(3)[[0, 0]])
     envs.close(), envs.close()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in processes] == [0, -9]
 
 
 # ---- errors of one line
@@ -515,7 +494,7 @@ def error_of(config, num_envs=2) -> str:
 
 FAULTS = {
     "Raise": "RuntimeError: lost the ball", "RaiseInit": "no such level", "SysExit": "",
-    "RaiseReset": "cannot reset", "Exit": "its process died", "NanReward": "is nan",
+    "RaiseFirstReset": "cannot reset", "Exit": "its process died", "NanReward": "is nan",
     "InfReward": "is -inf", "TextReward": "is 'much'", "TwoRewards": "is array([1., 2.])",
     "NanObs": "NaN", "InfObs": "infinity",
     "Shape": "(2,)", "Dtype": "float64", "Missing": "vector", "Ragged": "", "DictFlag": "__all__",
@@ -526,7 +505,7 @@ FAULTS = {
 def test_a_fault_is_named(fault):
     text = error_of(fake(fault))
     assert f"{fault}-v0" in text and FAULTS[fault] in text, text
-    assert "reset" not in text or fault == "RaiseReset", "it is blamed on the wrong call"
+    assert "reset" not in text or fault == "RaiseFirstReset", "it is blamed on the wrong call"
 
 
 @pytest.mark.parametrize("env_id, expected", [
@@ -542,8 +521,7 @@ def test_ids_that_cannot_be_made(env_id, expected):
 @pytest.mark.parametrize("env_id, package, module", [
     ("dm_control/walker-walk-v0", "shimmy[dm-control]", "shimmy"),
     ("MiniGrid-Empty-5x5-v0", "minigrid", "minigrid"), (PONG, "ale-py", "ale_py"),
-    ("VizdoomBasic-v1", "vizdoom", "vizdoom.gymnasium_wrapper"),
-    ("BabyAI-GoToObj-v0", "minigrid", "minigrid")])
+    ("VizdoomBasic-v1", "vizdoom", "vizdoom.gymnasium_wrapper")])
 def test_packages_that_register_their_ids(monkeypatch, env_id, package, module):
     monkeypatch.setitem(sys.modules, module, None)  # `import module` raises ImportError
     text = error_of(EnvConfig(env_id))
