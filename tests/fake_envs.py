@@ -77,34 +77,22 @@ class RenderEnv(CountingEnv):
 
 
 class MeddlingEnv(CountingEnv):
-    """It uses what belongs to the whole process: generators, and the working directory.
-
-    Each observation is three numbers from numpy's global generator.
-    """
+    """It uses the generators of numpy and of torch, and moves the working directory."""
 
     def __init__(self, in_init=False, **kwargs):
         super().__init__(parts="vector", **kwargs)
         if in_init:
-            self.meddle(7)
-
-    def meddle(self, seed):
-        os.chdir(tempfile.gettempdir())
-        if "torch" in sys.modules:
-            sys.modules["torch"].manual_seed(seed)
-
-    def reset(self, *, seed=None, options=None):
-        self.meddle(3)
-        return super().reset(seed=seed)
+            self.observe()
 
     def observe(self):
+        os.chdir(tempfile.gettempdir())
+        if "torch" in sys.modules:
+            sys.modules["torch"].manual_seed(3)
         return np.random.uniform(-1, 1, 3).astype(np.float32)
 
 
 class BrokenEnv(CountingEnv):
-    """A CountingEnv with one fault, at the third step of every episode if not said otherwise.
-
-    "raise" ends when there is a file "mended"; one that hangs makes a file "hangs" before.
-    """
+    """It has a fault at the third step of every episode, or where its name says."""
 
     def __init__(self, fault, **kwargs):
         super().__init__(**kwargs)
@@ -116,8 +104,7 @@ class BrokenEnv(CountingEnv):
 
     def hang(self):
         Path("hangs").touch()
-        while True:
-            time.sleep(3600)
+        time.sleep(10**6)
 
     def reset(self, *, seed=None, options=None):
         if self.fault == "hang_reset":
@@ -195,7 +182,6 @@ ENVS = {
     "CountingVector": (CountingEnv, {"parts": "vector"}),
     "CountingTruncated": (CountingEnv, {"terminates": False}),
     "CountingBoxVector": (CountingEnv, {"continuous": True, "parts": "vector"}),
-    "OneStep": (CountingEnv, {"length": 1}),
     "Echo": (EchoEnv, {}), "Meddling": (MeddlingEnv, {}),
     "MeddlingInit": (MeddlingEnv, {"in_init": True}),
 }

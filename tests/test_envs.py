@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import types
 from contextlib import closing
 from pathlib import Path
 
@@ -58,16 +57,13 @@ def play(config, num_envs, steps, seed=0, same_action=False):
 @pytest.fixture
 def register():
     """register(callable) -> an id of this process, forgotten after the test."""
-    names = []
-
-    def add(entry_point, **kwargs):
-        names.append(f"Temporary{len(names)}-v0")
-        gym.register(names[-1], entry_point=entry_point, **kwargs)
-        return names[-1]
+    def add(entry_point):
+        gym.registry.pop("Temporary-v0", None)
+        gym.register("Temporary-v0", entry_point=entry_point)
+        return "Temporary-v0"
 
     yield add
-    for name in names:
-        del gym.registry[name]
+    gym.registry.pop("Temporary-v0", None)
 
 
 @pytest.fixture
@@ -90,7 +86,6 @@ def module(monkeypatch, tmp_path):
     ("Pendulum-v1", 2, EnvSpec(None, 3, 1, False)),
     (PONG, 4, EnvSpec((64, 64, 3), 0, 6, True)),
     ("ALE/Pong-v5", 4, EnvSpec((64, 64, 3), 0, 6, True)),
-    ("Blackjack-v1", 1, EnvSpec(None, 32 + 11 + 2, 2, True)),
     ("dm_control/walker-walk-v0", 2, EnvSpec(None, 24, 6, False)),
     ("MiniGrid-Empty-5x5-v0", 1, EnvSpec((64, 64, 3), 4, 7, True)),
     (FAKE + "Counting-v0", 1, EnvSpec((64, 64, 3), 3, 3, True)),
@@ -197,11 +192,10 @@ def test_what_may_be_a_picture_is_noticed(register, space):
 
 def test_a_dark_first_picture_is_noticed(capfd):
     for name, is_dark in (("CountingImage", True), ("CountingVector", False)):
-        with closing(Envs(fake(name), 1, 0)) as envs:
-            envs.reset()
-            said = " ".join([*envs.notices, *capfd.readouterr()])
-            assert ("almost black" in said) == is_dark and said.count("--pixels") == is_dark
-            assert "WARN" not in said  # as if it was registered twice
+        play(fake(name), 1, steps=1)
+        said = "".join(capfd.readouterr())
+        assert said.count("almost black") == said.count("--pixels") == is_dark
+        assert "WARN" not in said, "it was registered twice"
 
 
 # ---- actions
@@ -304,9 +298,10 @@ def test_a_variant_of_a_game_is_known_as_atari_the_first_time(module):
 # ---- rendered
 
 def test_pixels_are_the_rendered_picture():
-    trace = play(fake("CountingVector", image_size=8, pixels=True, action_repeat=2), 2, steps=2)
-    assert trace.vector is None and trace.image.shape == (3, 2, 8, 8, 3)
-    assert trace.image[:, 0, 3, 5, 0].tolist() == [0, 2, 4]
+    trace = play(fake("CountingVector", image_size=8, pixels=True, action_repeat=2), 2, steps=3)
+    assert trace.vector is None and trace.image.shape == (4, 2, 8, 8, 3)
+    assert trace.image[:, 0, 3, 5, 0].tolist() == [0, 2, 4, 5]
+    assert trace.reward[:, 0].tolist() == [0, 1 + 2, 3 + 4, 5]
     trace = play(EnvConfig("Pendulum-v1", pixels=True), 1, steps=4)
     assert trace.image.shape == (5, 1, 64, 64, 3) and len(np.unique(trace.image, axis=0)) > 2
 
@@ -315,11 +310,11 @@ def test_pixels_are_the_rendered_picture():
 def test_frames_of_every_kind(kind):
     """They become the right picture, or are refused by their type."""
     config = fake(f"Render{kind}", pixels=True)
-    if kind in ("Pil", "Float"):
-        assert {"Pil": "PIL.Image", "Float": "float32"}[kind] in error_of(config)
-    else:
-        means = play(config, 1, steps=10).image.mean((1, 2, 3, 4))
-        np.testing.assert_allclose(means, 255 * 3 * np.arange(11) / 60, atol=1)
+    if refused := {"Pil": "PIL.Image", "Float": "float32"}.get(kind):
+        assert refused in error_of(config)
+        return
+    means = play(config, 1, steps=10).image.mean((1, 2, 3, 4))
+    np.testing.assert_allclose(means, 255 * 3 * np.arange(11) / 60, atol=1)
 
 
 @pytest.mark.parametrize("task, camera", [("walker-walk", 0), ("quadruped-walk", 2)])
@@ -350,7 +345,8 @@ def test_dm_control_prints_no_warning_without_a_display():
 # ---- README's environments
 
 def code_in(path, name: str) -> str:
-    return path.read_text().split(f"<!-- {name}:begin -->\n")[1].split(f"<!-- {name}:end -->")[0]
+    code = path.read_text().split(f"<!-- {name}:begin -->\n")[1].split(f"<!-- {name}:end -->")[0]
+    return "\n".join(line for line in code.split("\n") if not line.startswith("```"))
 
 
 def test_the_task_of_the_readme(module):
@@ -395,7 +391,7 @@ def test_same_seed_same_stream(env_id):
     name = "vector" if one.image is None else "image"
     np.testing.assert_array_equal(getattr(one, name), getattr(three, name)[:, :1])
     starts = np.concatenate([getattr(x, name)[x.is_first] for x in (three, other)])
-    assert env_id == PONG or len(np.unique(starts, axis=0)) == len(starts) == 12  # Pong: no-ops
+    assert env_id == PONG or len(np.unique(starts, axis=0)) == len(starts)  # Pong: no-ops
 
 
 @pytest.mark.parametrize("name", ["Meddling", pytest.param("MeddlingInit", marks=pytest.mark.xfail(
@@ -426,10 +422,8 @@ def test_arguments_and_wrappers(register):
 
 
 SCRIPT = """
-    import os, sys, time
-    import numpy as np
-    from common.envs import EnvConfig
-    from common.vector import Envs
+    import sys, time
+    from common.vector import *
     open("marker", "a").write("imported ")  # once, if processes do not import the main script
     if __name__ == "__main__":
         import torch
@@ -451,8 +445,7 @@ def alive(pid: str) -> bool:
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 @pytest.mark.parametrize("state", ["idle", "hang"])
-def test_processes_die_with_a_killed_parent_and_import_neither_its_script_nor_torch(
-        tmp_path, state):
+def test_processes_die_with_a_killed_parent_and_import_no_torch(tmp_path, state):
     (tmp_path / "main.py").write_text(textwrap.dedent(SCRIPT))
     with subprocess.Popen([sys.executable, "main.py", state], stdout=subprocess.PIPE, text=True,
                           env=dict(os.environ, PYTHONPATH=str(ROOT)), cwd=tmp_path) as parent:
@@ -526,9 +519,6 @@ def test_packages_that_register_their_ids(monkeypatch, env_id, package, module):
     monkeypatch.setitem(sys.modules, module, None)  # `import module` raises ImportError
     text = error_of(EnvConfig(env_id))
     assert "pip install" in text and package in text
-    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
-    monkeypatch.delitem(gym.registry, env_id, raising=False)
-    assert "pip" not in error_of(EnvConfig(env_id))  # it was imported, at least
 
 
 @pytest.mark.parametrize("space, action_space, expected", [

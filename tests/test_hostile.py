@@ -31,10 +31,6 @@ def assert_fails(done, *words: str) -> None:
     assert done.code == 1 and not missing, f"{missing}\n{done}"
 
 
-def assert_saved(done, *words: str) -> None:
-    assert_fails(done, "is saved", "--resume", *words)
-
-
 # ---- Environments
 
 @pytest.mark.parametrize("fault, says", {
@@ -43,7 +39,7 @@ def assert_saved(done, *words: str) -> None:
 def test_an_environment_that_fails_ends_the_run_saved(cli, tmp_path, fault, says):
     """Rows 0, 1, 2 of the first episode are good. A resume starts another, if that is mended."""
     done = cli(MAIN, *new_run(fault, 20), cwd=tmp_path)
-    assert_saved(done, f"{fault}-v0", says)
+    assert_fails(done, "is saved", "--resume", f"{fault}-v0", says)
     assert "Traceback" in done.err or fault in ("SysExit", "Exit")
     assert rows(run_in(tmp_path), "vector")[:, 0].tolist() == [0, 1, 2]
     assert_fails(cli(MAIN, "--evaluate", run_in(tmp_path), cwd=tmp_path), says)
@@ -103,7 +99,7 @@ def test_films_of_training(cli, tmp_path, kind):
     if done.code == 0:  # episodes 0 and 1
         assert films == 2 or (kind != "Rgb" and "Recording stopped" in done.err), str(done)
     else:
-        assert kind != "Rgb" and not assert_saved(done, f"Render{kind}-v0")
+        assert kind != "Rgb" and not assert_fails(done, "is saved", f"Render{kind}-v0")
 
 
 # ---- Checkpoints from elsewhere
