@@ -26,6 +26,14 @@ torch.set_num_threads(1)
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+def wait_until(condition, explain=str) -> None:
+    """Wait for something that takes a moment; a hang is a failure, on a busy machine too."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.02)
+
+
 @dataclass
 class Finished:
     """What a process left behind."""
@@ -41,9 +49,8 @@ class Finished:
 class Runner:
     """Runs `python SCRIPT ARGS...` without the seconds that importing torch takes each time.
 
-    One server process imports the heavy packages, then forks for every request. A fork is a process
-    of its own: own file descriptors, exit status and signals, and nothing in it is mocked. The
-    server itself computes nothing, so there are no threads that a fork could lose.
+    One server process imports the heavy packages, then forks for every request. It computes
+    nothing, so there are no threads that a fork could lose, and nothing in a fork is mocked.
     """
 
     def __init__(self, folder: Path):
@@ -52,17 +59,17 @@ class Runner:
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        text=True)
 
-    def start(self, script: str, *argv, cwd: Path, file_limit: int = 0) -> "Running":
+    def start(self, script: str, *argv, cwd: Path) -> "Running":
         self.number += 1
         out, err = (self.folder / f"{self.number}.{name}" for name in ("out", "err"))
         request = {"script": str(ROOT / f"{script}.py"), "argv": [str(a) for a in argv],
-                   "cwd": str(cwd), "out": str(out), "err": str(err), "file_limit": file_limit}
+                   "cwd": str(cwd), "out": str(out), "err": str(err)}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return Running(int(self.server.stdout.readline()), self.server, out, err)
 
-    def __call__(self, script: str, *argv, cwd: Path, file_limit: int = 0) -> Finished:
-        return self.start(script, *argv, cwd=cwd, file_limit=file_limit).wait()
+    def __call__(self, script: str, *argv, cwd: Path) -> Finished:
+        return self.start(script, *argv, cwd=cwd).wait()
 
 
 @dataclass
@@ -72,11 +79,8 @@ class Running:
     out: Path
     err: Path
 
-    def wait_for(self, condition, seconds: float = 300.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.err.read_text()
-            time.sleep(0.02)
+    def wait_for(self, condition) -> None:
+        wait_until(condition, self.err.read_text)
 
     def kill(self, number: int = signal.SIGTERM) -> None:
         os.kill(self.pid, number)
