@@ -15,8 +15,7 @@ import torch._dynamo  # noqa: E402  the first optimiser imports it, for seconds
 import torch.utils.tensorboard  # noqa: E402
 import tyro  # noqa: E402, F401
 
-import common.envs  # noqa: E402
-import common.runs  # noqa: E402, F401
+import common.play  # noqa: E402, F401
 
 torch.set_num_threads(1)
 
