@@ -122,7 +122,7 @@ def test_a_checkpoint_that_was_cut_is_one_line_at_every_length(tmp_path):
     whole = path.read_bytes()
     for length in {*range(0, 70, 7), *range(70, len(whole), 97), *range(len(whole) - 40, len(whole), 3)}:
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="checkpoint.pt is damaged"):
+        with pytest.raises(UserError, match="checkpoint.pt .*damaged"):
             load_checkpoint(tmp_path)
 
 
