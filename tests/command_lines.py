@@ -13,10 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.disk import load_checkpoint
 
-MAIN = "dreamer_v3"  # what lives in `common/`, or is the same in all scripts, is tested with this one
+MAIN = "dreamer_v3"  # what is the same for all scripts is tested with this one
 ENV = "tests.fake_envs:Counting-v0"
-TINY = {"size": "XXS", "deter": 8, "hidden": 8, "units": 8, "stoch": 2, "classes": 2, "layers": 1, "depth": 2,
-        "mlp_units": 8, "mlp_layers": 1, "imag_horizon": 3, "batch_size": 3, "batch_length": 5,
+TINY = {"size": "XXS", "deter": 8, "hidden": 8, "units": 8, "stoch": 2, "classes": 2,
+        "layers": 1, "depth": 2, "mlp_units": 8, "mlp_layers": 1, "imag_horizon": 3,
+        "batch_size": 3, "batch_length": 5,
         "learning_starts": 16, "pretrain": 1, "train_ratio": 15.0, "image_size": 8, "threads": 1,
         "log_every": 10, "video_every": 0, "actor_grad": "auto", "cuda": False, "amp": "off"}
 TIMING = ("charts/SPS", "charts/updates_per_second")

@@ -1,6 +1,6 @@
 """What a user meets at the command line.
 
-Signals and whole runs are in processes of their own (`Runner` in conftest.py), mistakes in this one.
+Signals need processes of their own (`Runner` in conftest.py); what needs none runs in this one.
 """
 
 import importlib
@@ -20,8 +20,8 @@ from conftest import ROOT, SCRIPTS
 from PIL import Image
 
 from common.disk import load_checkpoint
-from tests.command_lines import (ENV, MAIN, assert_identical, assert_says, call, flags, hashes, progress_of,
-                                 read_log, run_dir_in, scalars)
+from tests.command_lines import (ENV, MAIN, assert_identical, assert_says, call, flags, hashes,
+                                 progress_of, read_log, run_dir_in, scalars)
 
 
 def rows_written(folder: Path) -> int:
@@ -61,10 +61,10 @@ def test_from_beginning_to_end(script, trained, tmp_path, monkeypatch, capsys):
     """Trains, and again, bit for bit; goes on; plays, twice the same; dreams."""
     monkeypatch.chdir(tmp_path)
     run_dir, done = trained(script)
-    assert "Warning" not in done.err and "Traceback" not in done.err and "\r" not in done.err, done.err
+    assert not [word for word in ("Warning", "Traceback", "\r") if word in done.err], done.err
     before, files = scalars(run_dir), hashes(run_dir)
-    assert {"loss/model", "loss/image", "loss/reward", "loss/actor", "loss/critic", "grad_norm/model",
-            "grad_norm/actor", "grad_norm/critic"} <= before.keys()
+    assert {"loss/model", "loss/image", "loss/reward", "loss/actor", "loss/critic",
+            "grad_norm/model", "grad_norm/actor", "grad_norm/critic"} <= before.keys()
     assert all(np.isfinite([value for _, value in curve]).all() for curve in before.values())
 
     assert call(script, *flags(script, steps=40)) == 0
@@ -75,7 +75,7 @@ def test_from_beginning_to_end(script, trained, tmp_path, monkeypatch, capsys):
     assert call(script, "--resume", copied, "--total-timesteps", 52) == 0
     assert progress_of(copied) == (52, 33)
     after = scalars(copied)
-    assert all(after[tag][:len(curve)] == curve for tag, curve in before.items()), "the past was changed"
+    assert all(after[tag][:len(curve)] == curve for tag, curve in before.items())
     assert [step for step, _ in after["loss/model"]] == [20, 30, 40, 50]
 
     said = []
@@ -84,12 +84,14 @@ def test_from_beginning_to_end(script, trained, tmp_path, monkeypatch, capsys):
         assert call(script, "--evaluate", run_dir, "--eval-episodes", 3, "--num-envs", 2) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and re.findall(r"return ([\d.]+)", said[0]) == ["15"] * 3
-    assert re.search(r"mean 15\b.*deviation 0\b.*over 3 episodes", said[0]) and hashes(run_dir) == files
+    assert re.search(r"mean 15\b.*deviation 0\b.*over 3 episodes", said[0])
+    assert hashes(run_dir) == files
 
     before = hashes(copied)
     assert call(script, "--dream", copied, "--dream-context", 2, "--dream-horizon", 3) == 0
     made = hashes(copied).keys() - before.keys()
-    assert made == {"videos/dream.gif", "videos/dream.png"} and hashes(copied).items() > before.items()
+    assert made == {"videos/dream.gif", "videos/dream.png"}
+    assert hashes(copied).items() > before.items()
     with Image.open(copied / "videos" / "dream.gif") as film:
         assert film.n_frames == 5 and min(film.size) > 50
 
@@ -97,14 +99,15 @@ def test_from_beginning_to_end(script, trained, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("env", ["BoxVector", "Image"])
 def test_other_kinds_of_environment(script, tmp_path, monkeypatch, env):
-    """Vectors and continuous actions; images only, two environments; videos in the log and a dream."""
+    """Vectors and continuous actions; images only, two environments; videos and dreams."""
     monkeypatch.chdir(tmp_path)
     assert call(script, *flags(script, f"tests.fake_envs:Counting{env}-v0", 28, video_every=14,
                                num_envs=2 if env == "Image" else 1)) == 0
     run_dir = run_dir_in(tmp_path)
     assert {image.step for image in read_log(run_dir).Images("open_loop")} == {28}
     for who in ("recorded", "agent"):
-        assert call(script, "--dream", run_dir, "--dream-context", 2, "--dream-horizon", 3, "--dream-actions", who) == 0
+        assert call(script, "--dream", run_dir, "--dream-context", 2, "--dream-horizon", 3,
+                    "--dream-actions", who) == 0
     assert len(list(run_dir.glob("videos/dream*"))) == 4
 
 
@@ -113,12 +116,15 @@ def test_films_of_training_and_of_an_evaluation(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(MAIN, *flags(MAIN, steps=10, capture_video=True)) == 0
     videos = run_dir_in(tmp_path) / "videos"
-    assert {path.name for path in videos.rglob("*.mp4")} == {"film-episode-0.mp4", "film-episode-1.mp4"}
+    names = {path.name for path in videos.rglob("*.mp4")}
+    assert names == {"film-episode-0.mp4", "film-episode-1.mp4"}
     shutil.rmtree(videos)
     assert call(MAIN, "--evaluate", run_dir_in(tmp_path), "--eval-episodes", 2) == 0
     assert not videos.exists(), "the run was filmed, which says nothing of an evaluation"
-    assert call(MAIN, "--evaluate", run_dir_in(tmp_path), "--eval-episodes", 4, "--capture-video") == 0
-    films = [cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT) for path in videos.rglob("*.mp4")]
+    evaluate = ["--evaluate", run_dir_in(tmp_path), "--eval-episodes", 4, "--capture-video"]
+    assert call(MAIN, *evaluate) == 0
+    films = [cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)
+             for path in videos.rglob("*.mp4")]
     assert len(films) >= 4 and min(films) > 0
 
 
@@ -131,7 +137,8 @@ def test_a_run_without_our_runner_in_a_path_with_spaces(trained, tmp_path):
     shutil.copy(ROOT / f"{MAIN}.py", folder)
     shutil.copytree(ROOT / "common", folder / "common")
     (folder / "my_env.py").write_text((ROOT / "tests" / "fake_envs.py").read_text())
-    command = [sys.executable, f"{folder}/{MAIN}.py", *flags(MAIN, "my_env:Counting-v0"), "--runs-dir", "my runs"]
+    command = [sys.executable, f"{folder}/{MAIN}.py", *flags(MAIN, "my_env:Counting-v0"),
+               "--runs-dir", "my runs"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run_dir, = (folder / "my runs").iterdir()
@@ -201,7 +208,8 @@ def test_help_shows_the_values_that_will_be_used(script, capsys):
         given.append({"env_id": "ALE/Pong-v5"})
     seen = []
     for fields in given:
-        words = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", value)]
+        words = [word for name, value in fields.items()
+                 for word in (f"--{name.replace('_', '-')}", value)]
         found, args = shown(script, capsys, *words), Args(**fields)
         for name in ("deter", "batch-length", "action-repeat", "env-id", "size", "log-every"):
             assert found[name] == str(getattr(args, name.replace("-", "_"))), name
@@ -212,9 +220,11 @@ def test_help_shows_the_values_that_will_be_used(script, capsys):
 
 WRONG = {
     "unknown id": (["--env-id", "CartPol-v1"], ["CartPol-v1", "CartPole"]),
-    "unknown id of a module": (["--env-id", "tests.fake_envs:Nothing-v0"], ["fake_envs", "Nothing-v0"]),
+    "unknown id of a module": (["--env-id", "tests.fake_envs:Nothing-v0"],
+                               ["fake_envs", "Nothing-v0"]),
     "missing module": (["--env-id", "no_such_module:Env-v0"], ["no_such_module"]),
-    "unsupported action": (["--env-id", "tests.alignment_envs:Unbounded-v0"], ["Box(-inf, inf", "not supported"]),
+    "unsupported action": (["--env-id", "tests.alignment_envs:Unbounded-v0"],
+                           ["Box(-inf, inf", "not supported"]),
     "negative rate": (["--model-lr", "-0.1"], ["--model-lr", "-0.1"]),
     "infinite rate": (["--actor-lr", "inf"], ["--actor-lr", "inf"]),
     "no rate": (["--critic-lr", "nan"], ["--critic-lr", "nan"]),
@@ -244,8 +254,8 @@ def test_what_only_v3_has(tmp_path, monkeypatch, given, words):
     assert_says(call(MAIN, *flags(MAIN), *given), *words)
 
 
-@pytest.mark.parametrize("given", [["--no-such-flag", "1"], ["--batch-size", "many"], ["--size", "XXXL"],
-                                   ["--resume", "a", "--dream", "b"]])
+@pytest.mark.parametrize("given", [["--no-such-flag", "1"], ["--batch-size", "many"],
+                                   ["--size", "XXXL"], ["--resume", "a", "--dream", "b"]])
 def test_mistakes_that_the_parsers_find(capsys, given):
     code = call(MAIN, *given)
     out, err = capsys.readouterr()
@@ -263,9 +273,11 @@ def test_a_resume_refuses_what_fixes_rows_networks_or_pace(copied, given):
 
 
 def test_a_resume_takes_the_rest_and_remembers_it(copied):
-    assert call(MAIN, "--resume", copied, "--total-timesteps", 41, "--log-every", 5, "--actor-lr", 1e-5) == 0
+    assert call(MAIN, "--resume", copied, "--total-timesteps", 41, "--log-every", 5,
+                "--actor-lr", 1e-5) == 0
     kept = json.loads((copied / "args.json").read_text())["args"]
-    assert (kept["total_timesteps"], kept["log_every"], kept["actor_lr"], kept["deter"]) == (41, 5, 1e-5, 8)
+    assert kept.items() >= {"total_timesteps": 41, "log_every": 5, "actor_lr": 1e-5,
+                            "deter": 8}.items()
     assert "resume" not in kept and progress_of(copied) == (41, 22)
 
 

@@ -66,7 +66,7 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert scalars(one) == scalars(two)
 
 
-@pytest.mark.parametrize("script, env", [*((script, CONTINUOUS) for script in SCRIPTS), (MAIN, BOTH)])
+@pytest.mark.parametrize("script, env", [(MAIN, BOTH), *((name, CONTINUOUS) for name in SCRIPTS)])
 def test_100_updates_and_a_resume_and_100_are_200(script, env, straight, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(script, *exact(script, env, 120)) == 0

@@ -1,4 +1,4 @@
-"""Runs in this process: what `common/` does around a main loop, and all that is used from Python."""
+"""Runs in this process: what surrounds a main loop, and all that is used from Python."""
 
 import importlib
 import io
@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -27,8 +28,8 @@ from common.disk import UserError, load_checkpoint, lock_run_dir
 from common.log import Log
 from common.run import Run
 from common.spaces import EnvSpec
-from tests.command_lines import (ENV, MAIN, TIMING, assert_says, call, flags, hashes, progress_of, read_log,
-                                 run_dir_in, scalars, settings)
+from tests.command_lines import (ENV, MAIN, TIMING, assert_says, call, flags, hashes, progress_of,
+                                 read_log, run_dir_in, scalars, settings)
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +65,8 @@ def test_training_curves(tmp_path):
     assert b"|total_timesteps|40|" in text
 
 
-@pytest.mark.parametrize("every, steps, seen", [(20, 50, [20, 40, 50]), (20, 40, [20, 40]), (0, 40, []),
-                                                (100, 40, [40]), (4, 19, [])])
+@pytest.mark.parametrize("every, steps, seen", [
+    (20, 50, [20, 40, 50]), (20, 40, [20, 40]), (0, 40, []), (100, 40, [40]), (4, 19, [])])
 def test_videos_of_the_open_loop(tmp_path, every, steps, seen):
     """Every so often, once there has been an update, and at the end, also of a short run."""
     assert call(MAIN, *flags(MAIN, steps=steps, video_every=every)) == 0
@@ -88,10 +89,8 @@ def test_a_checkpoint_by_the_clock(tmp_path, monkeypatch):
     assert counted == [0, 0, 1, 2, 3, 4, 5]
 
 
-def log_of(folder: Path, step: int = 0, **changes) -> Log:
-    args = SimpleNamespace(total_timesteps=20, track=False, wandb_project_name="p", wandb_entity="team")
-    vars(args).update(changes)
-    return Log(folder, args, step, 0, True)
+def log_of(folder: Path, step: int = 0) -> Log:
+    return Log(folder, SimpleNamespace(total_timesteps=20, track=False), step, 0, True)
 
 
 @pytest.mark.parametrize("saved", [0, 6])
@@ -109,7 +108,7 @@ def test_a_resume_strikes_out_what_came_after_the_checkpoint(tmp_path, saved, mo
     assert scalars(tmp_path)["charts/a"] == [*((s, 1.0) for s in range(1, saved + 1)), (8, 2.0)]
 
 
-def test_plain_lines_where_stderr_is_no_terminal_and_a_bar_where_it_is(tmp_path, monkeypatch, capsys):
+def test_plain_lines_or_a_bar_where_stderr_is_a_terminal(tmp_path, monkeypatch, capsys):
     def say() -> str:
         log = log_of(tmp_path)
         for step in (1, 2, 23):  # four environments: 20 timesteps are not a multiple
@@ -118,31 +117,32 @@ def test_plain_lines_where_stderr_is_no_terminal_and_a_bar_where_it_is(tmp_path,
         return capsys.readouterr().err
 
     line = say()
-    assert line.count("\n") == 1 and "\r" not in line and "timestep 1 of 20" in line and "15" in line
+    assert line.count("\n") == 1 and "\r" not in line
+    assert "timestep 1 of 20" in line and "15" in line
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     bar = say()
     assert "\r" in bar and "/20" in bar and "timestep" not in bar
 
 
 def test_weights_and_biases(tmp_path, monkeypatch):
-    run_flags = [*flags(MAIN, steps=6), "--track", "--wandb-project-name", "p", "--wandb-entity", "team"]
+    run_flags = flags(MAIN, steps=6, track=True, wandb_project_name="p", wandb_entity="team")
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     assert_says(call(MAIN, *run_flags), "wandb")
     assert not list(tmp_path.glob("runs/*"))
-    given = {}
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **all: given.update(all) or SimpleNamespace(
-        finish=lambda: given.update(finished=True))))
+    given, at_work = {}, SimpleNamespace(finish=lambda: given.update(finished=True))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
+        init=lambda **all: given.update(all) or at_work))
     assert call(MAIN, *run_flags) == 0
     name = run_dir_in(tmp_path).name
-    assert given.items() >= {"project": "p", "entity": "team", "name": name, "id": name, "finished": True,
-                             "sync_tensorboard": True}.items()
+    assert given.items() >= {"project": "p", "entity": "team", "name": name, "id": name,
+                             "finished": True, "sync_tensorboard": True}.items()
     assert given["config"]["total_timesteps"] == 6
 
 
 # ---- What goes wrong -----------------------------------------------------------------------------
 
 def test_a_loss_that_is_not_a_number(script, tmp_path, monkeypatch):
-    """It breaks at the fifth update; the last checkpoint stays as it was, even if the clock strikes."""
+    """At the fifth update; the last checkpoint stays as it was, even if the clock strikes."""
     module = importlib.import_module(script)
     original, calls, kept = module.world_model_loss, [], {}
 
@@ -182,10 +182,9 @@ def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, env):
 
 def test_a_run_has_one_owner(copied):
     """Evaluations and dreams only read, so they do not ask."""
-    lock = lock_run_dir(copied)
-    assert_says(call(MAIN, "--resume", copied, "--total-timesteps", 30), "another process trains in")
-    assert call(MAIN, "--evaluate", copied, "--eval-episodes", 1) == 0
-    lock.release()
+    with lock_run_dir(copied):
+        assert_says(call(MAIN, "--resume", copied, "--total-timesteps", 30), "another process")
+        assert call(MAIN, "--evaluate", copied, "--eval-episodes", 1) == 0
     assert call(MAIN, "--resume", copied, "--total-timesteps", 26) == 0
 
 
@@ -205,8 +204,8 @@ DAMAGES = {
     "another network": (lambda d: change_checkpoint(d, agent={}), "does not fit"),
     "other sizes": (lambda d: change_args(d, deter=16), "does not fit"),
     "another environment": (lambda d: change_args(d, env_id="CartPole-v1"), "environment"),
-    "another script": (lambda d: (d / "args.json").write_text('{"script": "dreamer_v9", "args": {}}'),
-                       "dreamer_v9"),
+    "another script": (lambda d: (d / "args.json").write_text(
+        '{"script": "dreamer_v9", "args": {}}'), "dreamer_v9"),
     "a newer version": (lambda d: change_args(d, gone=1), "gone"),
     "no args.json": (lambda d: (d / "args.json").unlink(), "is not a run directory"),
     "no rewards": (lambda d: (d / "replay" / "reward.npy").unlink(), "reward.npy"),
@@ -237,9 +236,11 @@ def test_args_from_python_are_those_of_the_command_line(script):
     """Defaults, what the task and the size change, and what stands there; in that order."""
     Args = importlib.import_module(script).Args
     pong = {"env_id": "PongNoFrameskip-v4"} if importlib.util.find_spec("ale_py") else {}
-    for given in ({"env_id": ENV, "size": "XXS"}, {"env_id": ENV}, {"size": "XXS", "deter": 7} | pong, pong):
+    small = {"size": "XXS", "deter": 7}
+    for given in ({"env_id": ENV, "size": "XXS"}, {"env_id": ENV}, small | pong, pong):
         args = Args(**given)
-        words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        words = [word for name, value in given.items()
+                 for word in (f"--{name.replace('_', '-')}", str(value))]
         assert parsed(script, *words) == args == Args(**asdict(args)) and "fill" not in vars(args)
         changed = replace(args, seed=5)
         assert asdict(changed) == asdict(args) | {"seed": 5}
@@ -283,7 +284,8 @@ def test_training_in_a_thread(tmp_path):
 def test_the_first_lines_of_a_copier(script, tmp_path):
     """A world model, imagination and returns on tensors; an agent and a replay without a run."""
     m = importlib.import_module(script)
-    args, spec = m.Args(**settings(script)), EnvSpec(image_shape=None, vector_dim=3, action_dim=2, discrete=True)
+    args = m.Args(**settings(script))
+    spec = EnvSpec(image_shape=None, vector_dim=3, action_dim=2, discrete=True)
     model = m.WorldModel(args, spec)
     actor = m.Actor(args, spec, args.deter + args.stoch_dim)
     deter, stoch = torch.zeros(4, args.deter), torch.zeros(4, args.stoch_dim)
@@ -293,10 +295,12 @@ def test_the_first_lines_of_a_copier(script, tmp_path):
     ret = m.lambda_return(torch.ones(6, 4), torch.full((6, 4), 0.5), torch.zeros(6, 4), 0.95)
     assert ret.shape == (6, 4) and float(ret[-1, 0]) == 1 and torch.isfinite(feat).all()
 
-    agent, replay = m.Agent(args, spec, torch.device("cpu")), m.ReplayBuffer(tmp_path, spec, 50, 1, 0)
+    agent = m.Agent(args, spec, torch.device("cpu"))
+    replay = m.ReplayBuffer(tmp_path, spec, 50, 1, 0)
     for t in range(20):
-        replay.rings.append({"vector": np.full((1, 3), t), "action": np.eye(2)[[t % 2]], "reward": np.ones(1),
-                             "is_first": np.array([t == 0]), "is_terminal": np.zeros(1, bool)})
+        replay.rings.append({"vector": np.full((1, 3), t), "action": np.eye(2)[[t % 2]],
+                             "reward": np.ones(1), "is_first": np.array([t == 0]),
+                             "is_terminal": np.zeros(1, bool)})
     carry = agent.zero_state(args.batch_size)
     metrics = agent.train_step(replay.sample(args.batch_size, args.batch_length, replay.rng), carry)
     assert agent.updates == 1 and torch.isfinite(torch.stack(list(metrics.values()))).all()
@@ -304,7 +308,7 @@ def test_the_first_lines_of_a_copier(script, tmp_path):
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", ENV])
 def test_a_trained_agent_plays_in_a_program_of_ones_own(script, env_id, tmp_path):
-    """Three lines of the README: the actions are those of --evaluate, in the environment's terms."""
+    """Its actions are those of --evaluate, in the environment's terms."""
     assert call(script, *flags(script, env_id, steps=24, env_seed=3)) == 0
     agent = play.load(run_dir_in(tmp_path), eval_env_seed=3)
     ours = play.play(agent.args, agent.agent, 1)
@@ -320,7 +324,7 @@ def test_a_trained_agent_plays_in_a_program_of_ones_own(script, env_id, tmp_path
             assert action == np.argmax(unit[0]) + space.start
         else:
             wanted = space.low + (unit[0].clip(-1, 1) + 1) / 2 * (space.high - space.low)
-            np.testing.assert_allclose(action, wanted, rtol=1e-5, atol=1e-5 * np.abs(space.high).max())
+            np.testing.assert_allclose(action, wanted, 1e-5, 1e-5 * np.abs(space.high).max())
         observation, _, *_ = agent.env.step(action)
 
 
@@ -332,7 +336,7 @@ def test_load_refuses_what_is_no_run(tmp_path):
 def test_learning_from_recorded_data(tmp_path, monkeypatch, capsys):
     """The lines of the README, with fewer updates; then --evaluate and --dream as after a run."""
     text = (ROOT / "README.md").read_text() + (ROOT / "tests" / "README.md").read_text()
-    code = re.search(r"<!-- offline:begin -->\s*```python\n(.*?)```\s*<!-- offline:end -->", text, re.S)[1]
+    code = re.search(r"<!-- offline:begin -->\s*```python\n(.*?)```", text, re.S)[1]
     assert "range(20_000)" in code
     env, rows = gym.make("CartPole-v1"), []
     for episode in range(4):
@@ -348,7 +352,8 @@ def test_learning_from_recorded_data(tmp_path, monkeypatch, capsys):
     parts = {name: np.array(part) for name, part in zip(
         ("vector", "action", "reward", "is_first", "is_terminal"), zip(*rows))}
     np.savez("recorded.npz", **parts)
-    exec(code.replace("range(20_000)", "range(2)"), {})
+    Path("learn.py").write_text(code.replace("range(20_000)", "range(2)"))
+    runpy.run_path("learn.py")
     run_dir, = (tmp_path / "runs").iterdir()
     replay = np.load(run_dir / "replay" / "vector.npy")
     assert replay.shape == (1, len(rows), 4) and (replay[0] == parts["vector"]).all()

@@ -31,7 +31,7 @@ def test_gif():
 
 def test_side_by_side_marks_the_imagination():
     videos = {"truth": moving_square(), "dream": moving_square(C=1), "blind": moving_square(C=6)}
-    pages = video.side_by_side(videos, context=4)  # enlarged ten times
+    pages = video.draw(videos, 4)[0]  # enlarged ten times
     assert pages.shape == (6, 22 + 160 + 8, 3 * (200 + 8), 3) and pages.dtype == np.uint8
     assert pages[:, -1, -1].tolist() == [[*video.SEEN]] * 4 + [[*video.IMAGINED]] * 2
     assert (pages[:, -1, 0] == video.OTHER).all()
@@ -42,12 +42,12 @@ def test_side_by_side_marks_the_imagination():
 
 @pytest.mark.parametrize("size, shown", [(64, 192), (96, 192), (128, 256), (192, 192), (512, 512)])
 def test_pictures_are_enlarged_to_about_200_pixels(size, shown):
-    pages = video.side_by_side({"a": np.zeros((1, size, size, 3), np.uint8)}, context=1)
+    pages = video.draw({"a": np.zeros((1, size, size, 3), np.uint8)}, 1)[0]
     assert pages.shape == (1, 22 + shown + 8, shown + 8, 3)
 
 
 def test_strip():
-    picture = video.strip({"truth": moving_square(), "dream": moving_square(C=1)}, context=3, every=2)
+    picture = video.draw({"truth": moving_square(), "dream": moving_square(C=1)}, 3, 2)[1]
     rows = np.split(picture, 2)  # frames 0, 2, 4 of each
     tiles = [np.split(row, 3, axis=1) for row in rows]
     assert [tile[-1, 0].tolist() for tile in tiles[0]] == 3 * [[*video.OTHER]]
@@ -58,7 +58,8 @@ def test_strip():
 
 
 def waves(T=20, V=3) -> np.ndarray:
-    return (np.sin(np.arange(T)[:, None] * 0.5 + np.arange(V)) * 10.0**np.arange(V)).astype(np.float32)
+    t, v = np.arange(T)[:, None], np.arange(V)
+    return (np.sin(t * 0.5 + v) * 10.0**v).astype(np.float32)
 
 
 def drawn(picture: np.ndarray, colour, area=np.s_[30:-30]) -> np.ndarray:
@@ -67,11 +68,11 @@ def drawn(picture: np.ndarray, colour, area=np.s_[30:-30]) -> np.ndarray:
 
 
 def test_a_plot_of_vectors_shows_the_truth_and_the_dream():
-    """Whatever the unit, each number fills its lane; the dream lies on the truth where they agree."""
-    same = video.side_by_side({"truth": waves(), "dream": waves()}, context=5)
-    other = video.strip({"truth": waves(), "dream": waves()[::-1]}, context=5, every=1)
+    """Each number fills its lane; the dream lies on the truth where they agree."""
+    same = video.draw({"truth": waves(), "dream": waves()}, 5)[0]
+    other = video.draw({"truth": waves(), "dream": waves()[::-1]}, 5, 1)[1]
     assert same.dtype == np.uint8 and same.shape == (1, *other.shape)
-    assert (same[0] != video.strip({"truth": waves(), "dream": waves()}, context=9, every=1)).any()
+    assert (same[0] != video.draw({"truth": waves(), "dream": waves()}, 9, 1)[1]).any()
     hidden, seen = drawn(same[0], video.TRUTH).sum(), drawn(other, video.TRUTH).sum()
     assert seen > 500 > 4 * hidden
     for lane in np.array_split(drawn(other, video.IMAGINED), 3):
@@ -82,14 +83,15 @@ def test_a_plot_of_vectors_shows_the_truth_and_the_dream():
 @pytest.mark.filterwarnings("error")
 def test_plots_of_awkward_values():
     flat = np.full((4, 1), 5.0)
-    assert (drawn(video.strip({"a": flat, "b": flat + 1e-7}, 1, 1), video.IMAGINED).any(1)).sum() < 10
+    lane = drawn(video.draw({"a": flat, "b": flat + 1e-9}, 1)[1], video.IMAGINED)
+    assert lane.any(1).sum() < 10, "rounding errors fill the lane"
     broken = waves(V=1)
     broken[10:] = np.nan  # such as a model that has gone wrong imagines
-    assert drawn(video.strip({"a": waves(V=1), "b": broken}, 5, 1), video.TRUTH).any()
+    assert drawn(video.draw({"a": waves(V=1), "b": broken}, 5)[1], video.TRUTH).any()
     huge = np.full((5, 12), 1e38, np.float32)  # twelve numbers: the last ones are not drawn
-    video.strip({"a": huge, "b": -huge}, 2, 1)
-    video.strip({"a": huge, "b": np.full_like(huge, np.inf)}, 2, 1)
-    video.strip({"a": np.zeros((1, 1)), "b": np.zeros((1, 1))}, 1, 1)
+    video.draw({"a": huge, "b": -huge}, 2)[1]
+    video.draw({"a": huge, "b": np.full_like(huge, np.inf)}, 2)[1]
+    video.draw({"a": np.zeros((1, 1)), "b": np.zeros((1, 1))}, 1)[1]
 
 
 # ---- Symlog --------------------------------------------------------------------------------------
