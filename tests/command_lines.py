@@ -1,35 +1,63 @@
 """Command lines of small runs, for every script, and what such a run leaves behind."""
 
+import hashlib
 import importlib
+import sys
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.rundir import load_checkpoint
-from tests.tiny import has_flag
+from common.disk import load_checkpoint
 
-MAIN = "dreamer_v3"  # what lives in `common/`, or is the same in all scripts, is tested with this one
-TINY = {"size": "XXS", "deter": 8, "hidden": 8, "units": 8, "stoch": 2, "classes": 2, "layers": 1, "depth": 2,
-        "mlp_units": 8, "mlp_layers": 1, "imag_horizon": 3, "batch_size": 3, "batch_length": 5,
-        "learning_starts": 20, "pretrain": 1, "train_ratio": 15, "image_size": 8, "threads": 1, "log_every": 10,
-        "video_every": 0, "actor_grad": "auto"}
+MAIN = "dreamer_v3"  # what is the same for all scripts is tested with this one
+ENV = "tests.fake_envs:Counting-v0"
+TINY = {"size": "XXS", "deter": 8, "hidden": 8, "units": 8, "stoch": 2, "classes": 2,
+        "layers": 1, "depth": 2, "mlp_units": 8, "mlp_layers": 1, "imag_horizon": 3,
+        "batch_size": 3, "batch_length": 5,
+        "learning_starts": 16, "pretrain": 1, "train_ratio": 15.0, "image_size": 8, "threads": 1,
+        "log_every": 10, "video_every": 0, "actor_grad": "auto", "cuda": False, "amp": "off"}
 TIMING = ("charts/SPS", "charts/updates_per_second")
 
 
-def tiny_run(script: str, env: str, steps: int, *more, **changes) -> list[str]:
-    """The flags of a run on an environment of tests/, such as fake_envs:Counting.
+def settings(script: str, env: str = ENV, steps: int = 40, **changes) -> dict:
+    """Fields of `Args` of a run that makes its first update at step 20, then one per step.
 
-    It makes its first update at step 20, then one per step: 15 replayed timesteps, as many as a
-    batch holds. `changes` are flags; those that a script does not have are left out.
+    Those of TINY that a script does not have are left out.
     """
-    module, flags = importlib.import_module(script), {}
-    for name, value in (TINY | changes).items():
-        if has_flag(module, name):
-            flags[f"--{name.replace('_', '-')}"] = value
-    pairs = [str(word) for pair in flags.items() for word in pair]
-    return ["--env-id", f"tests.{env}-v0", "--total-timesteps", str(steps), "--no-cuda", *pairs,
-            *map(str, more)]
+    names = {field.name for field in fields(importlib.import_module(script).Args)}
+    known = {name: value for name, value in TINY.items() if name in names}
+    return {"env_id": env, "total_timesteps": steps} | known | changes
+
+
+def flags(script: str, env: str = ENV, steps: int = 40, **changes) -> list[str]:
+    """The same as words of a command line."""
+    words = []
+    for name, value in settings(script, env, steps, **changes).items():
+        word = name.replace("_", "-")
+        words += [f"--{word}" if value else f"--no-{word}"] if isinstance(value, bool) else [
+            f"--{word}", str(value)]
+    return words
+
+
+def call(script: str, *argv) -> str | int | None:
+    """Run a script's `main` in this process. What it hands to `sys.exit`: one line, if it fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
+        try:
+            importlib.import_module(script).main()
+        except SystemExit as leaving:
+            return leaving.code
+    return 0
+
+
+def assert_says(said, *words: str) -> None:
+    """`call` gave one line, an error, that has these words."""
+    assert isinstance(said, str) and said.startswith("error: ") and "\n" not in said, said
+    assert not [word for word in words if word not in said], said
 
 
 def only(paths) -> Path:
@@ -41,20 +69,25 @@ def run_dir_in(folder: Path) -> Path:
     return only((folder / "runs").iterdir())
 
 
-def load(run_dir: Path, script: str = MAIN) -> dict:
-    return load_checkpoint(run_dir / "checkpoint.pt", script)
-
-
-def progress_of(run_dir: Path, script: str = MAIN) -> tuple[int, int]:
-    state = load(run_dir, script)
+def progress_of(run_dir: Path) -> tuple[int, int]:
+    state = load_checkpoint(run_dir)
     return state["step"], state["updates"]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def read_log(run_dir: Path) -> EventAccumulator:
+    return EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
 def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """All curves, of all event files together, without those that depend on the clock."""
-    log = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]
-            if tag not in TIMING}
+    log = read_log(run_dir)
+    return {tag: [(event.step, event.value) for event in log.Scalars(tag)]
+            for tag in log.Tags()["scalars"] if tag not in TIMING}
 
 
 def assert_identical(one, two, where="checkpoint") -> None:
@@ -72,10 +105,20 @@ def assert_identical(one, two, where="checkpoint") -> None:
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, where
 
 
-def assert_one_line(done, *words: str, ranks: int = 1) -> None:
-    """Exit status 1, one line that says what is wrong (the same from several ranks), no traceback."""
+def assert_one_line(done, *words: str) -> None:
+    """A process ended with exit status 1 and one line that says what is wrong, no traceback."""
     lines = [line for line in done.err.split("\n") if line.startswith("error: ")]
-    assert done.code == 1 and 1 <= len(lines) <= ranks and len(set(lines)) == 1, str(done)
-    assert "Traceback" not in done.err and "Warning" not in done.err, str(done)
-    missing = [word for word in words if word not in lines[0]]
-    assert not missing, f"{missing} not in {lines[0]}"
+    assert done.code == 1 and len(lines) == 1 and "Traceback" not in done.err, str(done)
+    assert_says(lines[0], *words)
+
+
+@contextmanager
+def file_size_limit(nbytes: int):
+    """A full disk, nearly: a file that grows beyond it gets an OSError."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,6 +1,6 @@
-"""Environments that say which process made an observation, and one that breaks on one rank only.
+"""Environments that say which process made an observation, and some whose episodes are all alike.
 
-Ids: `tests.resume_envs:Life-v0` and `tests.resume_envs:BrokenOnRank1-v0`.
+Ids: `tests.resume_envs:Life-v0`, `BrokenOnRank1-v0`, `Same-v0`, `SameBoxVector-v0`.
 
 A *life* is one process of a run that is killed and resumed. `lives.json` in the working directory
 holds the row at which each life began, [0, 23, 23, 61, ...], so the last entry is the present life.
@@ -15,6 +15,8 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+
+from tests.fake_envs import CountingEnv
 
 LENGTH = 5  # steps of an episode, which so has six rows
 
@@ -54,6 +56,15 @@ class BrokenOnRank1(Life):
         return super().step(action)
 
 
+class Same(CountingEnv):
+    """Where an episode ends, nothing distinguishes a run that goes on from one that is resumed."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = np.zeros(3, int)
+        return self.observe(), {}
+
+
 def life_of(rows: np.ndarray, starts: list[int]) -> np.ndarray:
     """The life that each row of the replay belongs to."""
     return np.searchsorted(starts, rows, side="right") - 1
@@ -79,3 +90,6 @@ def check_rows(vector, action, reward, is_first, is_terminal, starts: list[int])
 
 gym.register("Life-v0", entry_point=f"{__name__}:Life")
 gym.register("BrokenOnRank1-v0", entry_point=f"{__name__}:BrokenOnRank1")
+gym.register("Same-v0", entry_point=f"{__name__}:Same")
+gym.register("SameBoxVector-v0", entry_point=f"{__name__}:Same",
+             kwargs={"continuous": True, "parts": "vector"})
