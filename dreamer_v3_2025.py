@@ -1,0 +1,1372 @@
+"""DreamerV3: mastering diverse domains through world models (arXiv 2301.04104v1), in one file.
+
+    python dreamer_v3_2025.py --env-id MsPacmanNoFrameskip-v4      train (Atari-100k setting)
+    python dreamer_v3_2025.py --env-id CartPole-v1 --size XXS      any Gymnasium environment
+    python dreamer_v3_2025.py --resume RUN_DIR                     go on exactly where a run stopped
+    python dreamer_v3_2025.py --evaluate RUN_DIR                   play fresh episodes, print the returns
+    python dreamer_v3_2025.py --dream RUN_DIR                      happened | reconstructed | imagined
+    torchrun --nproc-per-node 2 dreamer_v3.py --env-id ...    several GPUs
+
+The agent learns a *world model* from replayed sequences. An *actor* and a *critic* then learn from
+trajectories that they imagine in that model. One update (`Agent.train_step`):
+
+    batch                 <- B windows of T consecutive rows of the replay buffer
+    embed                 <- encoder(image, vector)
+    deter, stoch          <- RSSM along time: posterior states, and the prior at each of them
+    world model           learns to predict image, vector, reward, end, and its own next posterior
+    feat, action          <- from each of the N = T * B posterior states, H steps of prior and actor
+    reward, cont, value   <- heads and critic at the imagined states
+    ret                   <- lambda-return, backwards along the imagined steps
+    actor                 learns what leads to a higher return
+    critic                learns to predict the return; a slow copy of it follows
+
+One step of the RSSM. Training and acting take the posterior, imagination takes the prior:
+
+    h_{t-1} --------------------------.
+    z_{t-1} --.                       v
+    a_{t-1} --+--> img_in -------> [ GRU ] ------> h_t --+--> img_out --> prior     p(z_t | h_t)
+                                                         v
+    x_t ----------> encoder ------> embed -----------> obs_out ------> posterior q(z_t | h_t, x_t)
+
+Time alignment. A row of the replay buffer holds what is known when the action is chosen:
+
+    time             t=0      t=1      t=2    ...   t=n (last)     | next episode
+    observation      x0       x1       x2           xn             | x0'
+    reward           0        r1       r2           rn             | 0        received WITH x_t
+    is_first         1        0        0            0              | 1
+    is_terminal      0        0        0            terminated?    | 0        not at a time limit
+    action           a0       a1       a2           zeros          | a0'      chosen AT x_t
+
+    replay      (h,z)_{t-1}, a_{t-1} -> h_t;   h_t -> prior p(z_t|h_t);   h_t, x_t -> posterior
+                where is_first: (h,z)_{t-1} := the initial state, a_{t-1} := 0
+                world-model loss: [t=0 ... t=T-1], every replayed step
+    imagine     s_0 = a posterior state;   a_t ~ actor(s_t), s_{t+1} ~ prior       t = 0 ... H-1
+                critic    [v_0 ... v_{H-1}]   v_H only bootstraps: R_H = v_H
+                rewards   r_1 ... r_H  and  c_1 ... c_H  from the states 1 ... H
+                actor     [a_0 ... a_{H-1}]   each judged by R_t, the return of its own state
+                weights   w_t = gamma^t c_0 c_1 ... c_t     with c_0 the recorded 1 - is_terminal
+                target    R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})
+
+Symbols (paper -> code), and the sizes that the shape comments name, time-major
+    x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
+    a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
+    gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
+    sg()  .detach()       q(z|h,x)  post       p(z|h)  prior
+    Dimension key
+    T  replay time, 64     B  batch, 16     N = T * B  imagination starts, 1024     (size S, Atari)
+    H  imagination horizon, 15     H1  H + 1     A  action, 9     P  environments, 1
+    E  embedding, 4096     D  deterministic state, 512     S, K  latents and classes, 32 each
+    Z = S * K  stochastic state, 1024     F = D + Z  feature, 1536     U  hidden units, 512
+    L  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3
+    Equations of the paper: 1 vectors in world_model_loss; 2 symlog, symexp in common/maths.py;
+    3 RSSM, WorldModel; 4, 5 world_model_loss; 6 Actor, Critic; 7 lambda_return; 8 TwoHot.mean;
+    9 TwoHot.log_prob; 10 critic_loss; 11 actor_loss; 12 ReturnScale
+
+What changed since DreamerV2 (each tag stands where the change happens), and what it is good for.
+From the paper:
+    [V3-1]  symlog squashes vector inputs and targets, rewards and returns, Eq. 1-2. Else large
+            numbers drown the other losses; V2 squashed rewards by tanh, which hides large rewards.
+    [V3-2]  KL as dynamics (0.5) and representation (0.1) loss, free bits of 1 nat for each state,
+            Eq. 5. V2 needed another KL scale for each domain; without free bits codes collapse.
+    [V3-3]  1% uniform mixture in latents and discrete policy: no KL or log-probability explodes.
+    [V3-4]  reward head and critic predict a two-hot distribution over 255 symlog buckets, Eq. 8-10.
+            A squared error follows rare large returns too slowly, or diverges.
+    [V3-5]  returns are divided by their 5-95 percentile range, if above 1, Eq. 11-12. Without it
+            the entropy scale must be tuned to the size of each task's rewards.
+    [V3-6]  targets come from the critic itself (and so does the baseline: code); its slow copy, an
+            average, regularises it. V2 took both from a copy that is up to 100 updates old.
+    [V3-7]  the continue head, in every domain, predicts whether the episode goes on: its target has
+            no gamma in it.
+    [V3-8]  SiLU and LayerNorm everywhere (no bias before a norm: code): one rate for all sizes.
+    [V3-9]  the output layers of reward head and critic start at zero. Random first returns would
+            teach the actor nonsense.
+    [V3-10] no weight decay, other rates and clips (Adam's textbook epsilon: code).
+    One setting for all domains (V2: TASKS).
+From the authors' code only:
+    [V3-11] learned initial state (V2: zeros).
+    [V3-12] convolutions with kernels of 4x4 (paper: 3x3) and "same" padding, down to an image of
+            4x4 pixels; initialisers.
+    [V3-13] squared errors of image and vector without the factor 1/2 of a normal distribution.
+    [V3-14] H terms in the actor's loss: an action is judged by the return of the state where it is
+            chosen (V2: H - 1, by that of the state it leads to); terminal starts weigh zero.
+    [V3-15] continuous actions from a normal (V2: truncated), clipped for model and environment.
+Tags [V1-n] and [V2-n] are explained in dreamer_v1.py and dreamer_v2.py.
+
+Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
+    * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
+    * bfloat16 is the default where the hardware supports it, from 256 --units on. Their Atari-100k
+      setting computes in float32 (`--amp off`), others in float16 with loss scaling. State and
+      acting stay in float32.
+    * We do not draw the prior sample that their replay loop draws and never uses.
+    * log1p(|x|) for ln(|x| + 1), torch's variance for E[x^2] - E[x]^2 in LayerNorm: less rounding.
+    * The first update is due at --learning-starts (theirs: once B * T windows can be sampled).
+    * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action.
+    * --size XXS is ours, for laptops; few of its numbers are the paper's. Two of its choices are
+      those of their code of 2024: REINFORCE for continuous actions, too, and imagined steps weighed
+      by the probability that the episode goes on (--cont-mean).
+"""
+
+# ---------------------------------------------------------------------------------------- 1 imports
+import math
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+# `common` first: from then on, Ctrl-C during the imports is one line.
+from common.cli import RunArgs, check_lengths, check_numbers, fill, one_line_errors, parse
+from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, gather_ranks,
+                            on_device, use_bf16)
+from common.envs import EnvConfig, EnvSpec, default_action_repeat
+from common.files import UserError
+from common.maths import symexp, symlog
+from common.play import dream, evaluate, load_agent
+from common.rings import Rings
+from common.runs import Run
+from common.vector import Envs, EnvStep
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+SCRIPT = Path(__file__).stem
+
+# ------------------------------------------------------------------------------------------- 2 Args
+TASKS = {}  # V1 and V2 have settings for each kind of actions; here one serves all
+SIZES = {  # those of the authors' code, by one width; XXS is ours, for laptops [R-18]
+    "XXS": dict(deter=256, hidden=64, units=128, classes=16, depth=8, stoch=16, bins=63,
+                batch_length=16, train_ratio=64.0, lr=4e-4, warmup=200, gamma=0.99, beta_pred=5.0),
+    "1M": dict(deter=512, hidden=64, units=64, classes=4, depth=4),
+    "12M": dict(deter=2048, hidden=256, units=256, classes=16, depth=16),
+    "25M": dict(deter=3072, hidden=384, units=384, classes=24, depth=24),
+    "50M": dict(deter=4096, hidden=512, units=512, classes=32, depth=32),
+    "100M": dict(deter=6144, hidden=768, units=768, classes=48, depth=48),
+    "200M": dict(deter=8192, hidden=1024, units=1024, classes=64, depth=64),
+    "400M": dict(deter=12288, hidden=1536, units=1536, classes=96, depth=96),
+}
+for preset in SIZES.values():
+    for name, value in dict(stoch=32, bins=255, batch_length=64, train_ratio=256.0, lr=4e-5, warmup=1000, gamma=1 - 1 / 333, beta_pred=1.0).items():
+        preset.setdefault(name, value)
+DEPTHS = 2, 3, 4, 4  # channels of the stages of encoder and decoder, times --depth [R-3]
+
+
+@dataclass(frozen=True)
+class Args(RunArgs):
+    """Every setting of the algorithm, beside those of any run. None: see the tables above."""
+
+    # The task (a resume keeps these)
+    env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
+    num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
+    action_repeat: int | None = None  # Times that an action is repeated (None: 4 on Atari, else 1)
+    grayscale: bool = False  # Images in shades of grey
+    pixels: bool = False  # Observe the rendered picture instead of what the environment gives
+    image_size: int = 64  # Images are resized to this height and width: a multiple of 16
+
+    # The length
+    total_timesteps: int = 110_000  # Decisions of the agent; frames = these x action repeat
+
+    # The size (a resume keeps these)
+    size: Literal["XXS", "1M", "12M", "25M", "50M", "100M", "200M", "400M"] = "12M"  # Preset
+    bins: int | None = None  # Two-hot buckets, on [-20, 20] in symlog space
+    deter: int | None = None  # GRU recurrent units, size of h_t
+    blocks: int = 8  # Blocks of the GRU
+    hidden: int | None = None  # Hidden units inside the RSSM
+    depth: int | None = None  # CNN multiplier: half of the channels of the first stage
+    units: int | None = None  # Dense hidden units of the heads, and of vector en- and decoder
+    layers: int = 3  # MLP layers of actor, critic, and vector en- and decoder
+    head_layers: int = 1  # MLP layers of the reward and continue head
+    stoch: int | None = None  # Number of latents that make up z_t
+    classes: int | None = None  # Classes of each of them
+
+    # The training: replay (a resume keeps these)
+    train_ratio: float | None = None  # Replayed timesteps per collected one (paper, we recall: 128)
+    batch_size: int = 16  # Sequences per batch, B
+    batch_length: int | None = None  # Timesteps per sequence, T
+    replay_context: Literal[0, 1] = 1  # 1: a window starts from stored latents; 0: from zeros
+    learning_starts: int = 1024  # Timesteps before the first update
+    buffer_size: int = 5_000_000  # Replay capacity in timesteps, first in, first out
+    pretrain: int = 1  # Updates that are made at once when training begins
+
+    # The training: optimiser
+    lr: float | None = None  # Learning rate of everything
+    warmup: int = None  # Updates in which it rises from 0
+    agc: float = 0.3  # Largest gradient of a parameter, as a share of its norm
+    beta1: float = 0.9  # LaProp: decay of the mean of the scaled gradients
+    beta2: float = 0.999  # LaProp: decay of the mean of squares (paper, we recall: 0.99)
+    eps: float = 1e-20  # LaProp epsilon
+
+    # The training: world model
+    unimix: float = 0.01  # Share of the uniform distribution in latents
+    beta_pred: float | None = None  # Scale of image, vector, reward and continue loss
+    beta_dyn: float = 1.0  # Scale of the dynamics loss
+    beta_rep: float = 0.1  # Scale of the representation loss
+    free_bits: float = 1.0  # Nats below which a KL loss is not pushed any further
+
+    # The training: actor and critic
+    imag_horizon: int = 15  # Imagination horizon, H
+    gamma: float | None = None  # Discount factor
+    return_lambda: float = 0.95  # Return lambda
+    actor_min_std: float = 0.1  # Smallest deviation of a continuous action
+    actor_max_std: float = 1.0  # Largest deviation of a continuous action
+    actor_unimix: float = 0.0  # Share of the uniform distribution (paper, we recall: 0.01)
+    actor_entropy: float = 3e-4  # eta, scale of the entropy bonus
+    beta_replay: float = 0.3  # Scale of the critic's loss on replayed rewards
+    critic_ema_decay: float = 0.98  # Decay of the slow critic
+    critic_ema_regularizer: float = 1.0  # Scale of the loss towards the slow critic
+    return_norm_low: float = 5.0  # Lower end of the return range, a percentile
+    return_norm_high: float = 95.0  # Upper end of the return range, a percentile
+    return_norm_limit: float = 1.0  # L, smaller return ranges are not scaled up
+    return_norm_decay: float = 0.99  # Decay of the return range
+
+    def __post_init__(self) -> None:
+        """Fill in what follows from --size and --env-id, then refuse what cannot work."""
+        fill(self, SIZES[self.size] | {"action_repeat": default_action_repeat(self.env_id)})
+        self.check()
+
+    def check(self) -> None:
+        """Raise `UserError`, one line, for a value that cannot work."""
+        check_numbers(self, may_be_zero={
+            "learning_starts", "pretrain", "return_lambda", "actor_entropy", "unimix", "beta_pred",
+            "beta_dyn", "beta_rep", "free_bits", "critic_ema_decay", "critic_ema_regularizer",
+            "return_norm_low", "return_norm_decay", "actor_unimix", "beta_replay", "beta1", "warmup", "replay_context"}, shares={
+            "unimix": 1, "critic_ema_decay": 1, "return_norm_decay": 1, "return_norm_low": 100,
+            "return_norm_high": 100, "gamma": 1, "return_lambda": 1, "actor_unimix": 1, "beta1": 1, "beta2": 1})
+        if self.actor_min_std > self.actor_max_std or self.return_norm_low > self.return_norm_high:
+            raise UserError("--actor-min-std and --return-norm-low must not exceed their maximum.")
+        if self.bins < 3 or self.bins % 2 == 0:
+            raise UserError(f"--bins is {self.bins}; use an odd number, with 0 in the middle.")
+        if self.image_size % 16:
+            raise UserError(f"--image-size is {self.image_size}; use a multiple of 16.")
+        if self.deter % self.blocks or 4 * self.depth % self.blocks:
+            raise UserError("--deter and 4 x --depth must be multiples of --blocks.")
+        check_lengths(self)
+
+    @property
+    def stoch_dim(self) -> int:
+        """Size of the flat stochastic state, Z."""
+        return self.stoch * self.classes
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the replay ring of one environment; a run never needs more than it collects."""
+        return math.ceil(min(self.buffer_size, self.total_timesteps) / self.num_envs)
+
+    @property
+    def env_config(self) -> EnvConfig:
+        """What it takes to build one environment."""
+        return EnvConfig(self.env_id, self.image_size, self.grayscale, self.action_repeat,
+                         self.max_episode_steps, self.noop_max,
+                         render=self.capture_video, pixels=self.pixels)
+
+
+# ---------------------------------------------------------------------------------- 3 replay buffer
+class Batch(NamedTuple):
+    """Replayed sequences; see the time alignment above. An absent observation is None."""
+
+    image: Tensor | None  # (T, B, I, I, C) uint8
+    vector: Tensor | None  # (T, B, V) float32
+    action: Tensor  # (T, B, A) float32, chosen at this observation
+    reward: Tensor  # (T, B) float32, received with this observation
+    is_first: Tensor  # (T, B) bool
+    is_terminal: Tensor  # (T, B) bool
+    # The context row, before the first one [R-15]; None: the state there is zero
+    deter: Tensor | None = None  # (B, D) float32, as an update or acting last inferred it
+    stoch: Tensor | None = None  # (B, Z) float32
+    prev_action: Tensor | None = None  # (B, A) float32, chosen there
+    place: Tensor | None = None  # (2, B) environment and number of the first row
+
+
+class ReplayBuffer:
+    """One ring of rows per environment, in memory-mapped files that outlive the process.
+
+    Rows are numbered from the start of the run. A window of consecutive rows may be sampled if all
+    of them are still there: it can cross the end of an episode (is_first marks the seam) but never
+    the write position. A row also holds the latents that were inferred for it last. [R-15]
+
+    A killed run goes on from its checkpoint, but updates after the checkpoint have refreshed
+    latents of rows before it. So a row has two places for latents, each stamped with the number of
+    the refresh that wrote it (acting: 0); a refresh spares what the last checkpoint may need.
+    """
+
+    def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int,
+                 latents: tuple[int, int] | None = None, writable: bool = True):
+        """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
+        the files are those of another environment or of other settings. `latents`: sizes of deter
+        and stoch; None: windows have no context row."""
+        layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
+                  "is_first": (np.bool_, ()), "is_terminal": (np.bool_, ())}
+        if spec.image_shape:
+            layout["image"] = (np.uint8, spec.image_shape)
+        if spec.vector_dim:
+            layout["vector"] = (np.float32, (spec.vector_dim,))
+        self.parts, self.context = list(layout), int(latents is not None)
+        if latents:
+            layout |= {"deter": (np.float16, (2, latents[0])), "stoch": (np.bool_, (2, latents[1])),
+                       "stamp": (np.int64, (2,))}
+        self.rings = Rings(folder, layout, capacity, num_envs, writable)
+        self.rng = np.random.default_rng(seed)
+        self.online = self.refreshed = self.kept = 0  # see `newest`, `refresh` and `state_dict`
+
+    def windows(self, length: int) -> int:
+        """Number of valid starts of a window of `length` rows in one ring."""
+        return max(0, self.rings.count - self.rings.oldest - length - self.context + 1)
+
+    def add(self, obs: EnvStep, state: "State") -> None:
+        """Append one row per environment: `obs`, what was inferred and the action chosen at it."""
+        deter, stoch, action = (tensor.cpu().numpy() for tensor in state)
+        self.rings.append(obs._asdict() | {
+            "action": action, "deter": deter[:, None], "stoch": stoch[:, None], "stamp": 0})
+
+    def sample(self, batch_size: int, length: int, rng: np.random.Generator) -> Batch:
+        """Draw windows as a time-major `Batch` on the CPU: the newest, then uniformly. [R-16]"""
+        env = rng.integers(self.rings.num_envs, size=batch_size)
+        start = self.rings.oldest + rng.integers(self.windows(length), size=batch_size)
+        if rng is self.rng:  # only updates use up what is new, a video does not
+            new_env, new_start = self.newest(batch_size, length + self.context)
+            env[:len(new_env)], start[:len(new_start)] = new_env, new_start
+        start += self.context
+        slots = (start + np.arange(-self.context, length)[:, None]) % self.rings.capacity
+        rows = {name: self.rings.files[name][env, slots] for name in self.parts}
+        if not self.context:
+            rows["is_first"][0] = True  # the state before a window is unknown: start it afresh
+            return to_batch(rows)
+        batch = to_batch({name: array[1:] for name, array in rows.items()})
+        latest = self.rings.files["stamp"][env, slots[0]].argmax(-1)
+        deter, stoch = (torch.from_numpy(self.rings.files[name][env, slots[0], latest]).float()
+                        for name in ("deter", "stoch"))
+        return batch._replace(deter=deter, stoch=stoch, place=torch.from_numpy(np.stack([env, start])),
+                              prev_action=torch.from_numpy(rows["action"][0]))
+
+    def newest(self, batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Environments and first rows of up to `batch_size` windows that are due for the first
+        time. [R-16]  Window n of a ring has its rows n * length ... (n + 1) * length - 1. Each is
+        used once, in order; n goes round the environments. Those that are overwritten are skipped.
+        """
+        num_envs = self.rings.num_envs
+        self.online = max(self.online, math.ceil(self.rings.oldest / length) * num_envs)
+        complete = self.rings.count // length * num_envs
+        numbers = np.arange(self.online, min(complete, self.online + batch_size))
+        self.online += len(numbers)
+        return numbers % num_envs, numbers // num_envs * length
+
+    def refresh(self, batch: Batch, deter: Tensor, stoch: Tensor) -> None:
+        """Put deter (T, B, D) and stoch (T, B, Z), inferred by an update, into its rows. [R-15]"""
+        if batch.place is None:
+            return
+        files, (env, start) = self.rings.files, batch.place.cpu().numpy()
+        rows = start + np.arange(len(deter))[:, None]
+        whole = rows >= self.rings.oldest  # a row that is gone by now belongs to another time
+        at = np.broadcast_to(env, rows.shape)[whole], rows[whole] % self.rings.capacity
+        stamps = files["stamp"][at]
+        side = np.where(stamps.max(-1) > self.kept, stamps.argmax(-1), 1 - stamps.argmax(-1))
+        self.refreshed += 1
+        files["deter"][*at, side] = deter.cpu().numpy()[whole]
+        files["stoch"][*at, side] = stoch.cpu().numpy()[whole]
+        files["stamp"][*at, side] = self.refreshed
+
+    def state_dict(self) -> dict:
+        """What the checkpoint must hold to make sense of the files. Until the next one, `refresh`
+        keeps the latents that the files hold now."""
+        self.kept = self.refreshed
+        return {"count": self.rings.count, "rng": self.rng.bit_generator.state,
+                "online": self.online, "refreshed": self.refreshed}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go back to a checkpoint: later rows are forgotten, and so are those they replaced, and
+        the latents that came later."""
+        self.rings.roll_back(state["count"])
+        self.rng.bit_generator.state = state["rng"]
+        self.online, self.refreshed = state["online"], state["refreshed"]
+        self.kept = self.refreshed
+        if self.context:
+            stamps = self.rings.files["stamp"]
+            stamps[stamps > self.refreshed] = -1
+
+
+def to_batch(rows: dict[str, np.ndarray]) -> Batch:
+    """Arrays (T, B, ...) by the names of `Batch` -> tensors on the CPU that share their memory."""
+    tensors = {name: torch.from_numpy(array) for name, array in rows.items()}
+    return Batch(tensors.pop("image", None), tensors.pop("vector", None), **tensors)
+
+
+def previous_actions(batch: Batch, action_before: Tensor) -> Tensor:
+    """The action (T, B, A) that led to each observation; `action_before` (B, A) led to the first.
+
+    Rows hold the action chosen *at* an observation. The RSSM wants the one before it.
+    """
+    return torch.cat([action_before[None], batch.action[:-1]])
+
+
+# ------------------------------------------------------------------------ 4 maths and distributions
+def draw_classes(probs: Tensor) -> Tensor:
+    """Draw a class index per row of `probs` (..., K) by inverting its cumulative distribution.
+
+    One uniform number per draw; the Gumbel trick would need K of them and a logarithm each.
+    """
+    cumulative = probs.cumsum(-1)
+    uniform = torch.rand_like(cumulative[..., -1:]) * cumulative[..., -1:]
+    return (cumulative < uniform).sum(-1)
+
+
+def draw_noise(mean: Tensor) -> Tensor:
+    """Draw standard normal noise of the shape of `mean`."""
+    return torch.randn_like(mean)
+
+
+class Gaussian:
+    """Diagonal normal over the last dimension."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        """`mean`, `std`: (..., A)."""
+        self.mean, self.std = mean, std
+
+    def noise(self) -> Tensor:
+        """Standard normal noise (..., A)."""
+        return draw_noise(self.mean)
+
+    def sample(self) -> Tensor:
+        """Reparameterised sample (..., A)."""
+        return self.mean + self.std * self.noise()
+
+    def mode(self) -> Tensor:
+        """The mean (..., A)."""
+        return self.mean
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density (...), summed over A. [V2-4]"""
+        nats = -0.5 * ((value - self.mean) / self.std).square() - self.std.log()
+        return (nats - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy (...) in nats, summed over A."""
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+class OneHot:
+    """One-hot categorical over the last dimension."""
+
+    def __init__(self, raw: Tensor, unimix: float):
+        """`raw`: logits (..., K) of any precision; p = (1 - unimix) softmax(raw) + unimix / K."""
+        self.raw, self.unimix = raw.float(), unimix  # everything here is in float32
+        self.probs = self.raw.softmax(-1) * (1 - unimix) + unimix / raw.shape[-1]  # [V3-3]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Log-probabilities (..., K); without the mixture a probability may round to 0."""
+        return self.probs.log() if self.unimix else self.raw.log_softmax(-1)
+
+    def sample(self) -> Tensor:
+        """Straight-through sample (..., K): forward one-hot, backward the gradient of `probs`."""
+        index = draw_classes(self.probs.detach())
+        onehot = torch.zeros_like(self.probs).scatter_(-1, index[..., None], 1)
+        return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
+
+    def mode(self) -> Tensor:
+        """The most likely class as one-hot (..., K), without gradient."""
+        return F.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).float()
+
+    def log_prob(self, onehot: Tensor) -> Tensor:
+        """Log-probability (...) of `onehot` (..., K), which gets no gradient. [V2-4]"""
+        return (onehot.detach() * self.logits).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy (...) in nats."""
+        return -(self.probs * self.logits).sum(-1)
+
+
+class Latent(OneHot):
+    """The stochastic state z_t: S independent one-hot categoricals, side by side, (Z,). [V2-1]"""
+
+    def __init__(self, raw: Tensor, groups: int, unimix: float):
+        """`raw`: unnormalised logits (..., Z), to be mixed."""
+        super().__init__(raw.unflatten(-1, (groups, -1)), unimix)
+
+    def sample(self) -> Tensor:
+        """Straight-through sample (..., Z)."""
+        return super().sample().flatten(-2)
+
+    def mode(self) -> Tensor:
+        """The most likely classes (..., Z), without gradient."""
+        return super().mode().flatten(-2)
+
+    def entropy(self) -> Tensor:
+        """Entropy (...) in nats, summed over S."""
+        return super().entropy().sum(-1)
+
+    def kl(self, other: "Latent") -> Tensor:
+        """KL[self || other] (...) in nats, summed over S."""
+        return (self.probs * (self.logits - other.logits)).sum((-2, -1))
+
+    def detach(self) -> "Latent":
+        """The same distribution, without gradient."""
+        twin = object.__new__(Latent)  # without computing the softmax again
+        twin.probs, twin.logits = self.probs.detach(), self.logits.detach()
+        return twin
+
+
+class Bernoulli:
+    """Distribution of a flag: does the episode go on?"""
+
+    def __init__(self, logit: Tensor):
+        """`logit` (...) of the flag being 1."""
+        self.logit = logit
+
+    def mean(self) -> Tensor:
+        """Probability of 1 (...)."""
+        return self.logit.sigmoid()
+
+    def log_prob(self, flag: Tensor) -> Tensor:
+        """Log-probability (...) of `flag` (...), or cross-entropy where it is a probability."""
+        return -F.binary_cross_entropy_with_logits(self.logit, flag, reduction="none")
+
+
+class TwoHot:
+    """Distribution of a number over buckets that are evenly spaced in symlog space. [V3-4]"""
+
+    def __init__(self, logits: Tensor):
+        """`logits` (..., L), one for each bucket between symlog values -20 and 20; L is odd."""
+        self.logits = logits
+        self.positive = symexp(torch.linspace(  # -b_i without rounding: one half mirrors the other
+            20, 0, logits.shape[-1] // 2 + 1, device=logits.device)[:-1].flip(0))
+        self.buckets = torch.cat([-self.positive.flip(0), self.positive.new_zeros(1), self.positive])
+
+    @cached_property
+    def normaliser(self) -> Tensor:
+        """ln sum_i exp(logits_i) (...), once for both targets of the critic."""
+        return self.logits.logsumexp(-1)
+
+    def mean(self) -> Tensor:
+        """sum_i p_i b_i (...): the mean of the numbers themselves. [R-5]
+
+        Each bucket and its mirror image are added first: with huge buckets on both sides, p_i b_i
+        one by one would round, and equal logits would not give exactly 0.
+        """
+        below, _, above = self.logits.softmax(-1).tensor_split([len(self.positive),
+                                                                len(self.positive) + 1], -1)
+        return ((above - below.flip(-1)) * self.positive).sum(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """sum_i twohot(value)_i ln p_i (...), without symlog. [R-5]
+
+        The weight is split between the two neighbouring buckets, more for the nearer one; a value
+        out of range puts all of it on the end bucket.
+        """
+        last = len(self.buckets) - 1
+        target = value.clamp(self.buckets[0], self.buckets[last])
+        above = torch.searchsorted(self.buckets, target, right=True).clamp(max=last)
+        below = above - 1
+        low, high = self.buckets[below], self.buckets[above]
+        weight_above = (target - low) / (high - low)
+        pair = self.logits.gather(-1, torch.stack([below, above], -1))
+        return pair[..., 0].lerp(pair[..., 1], weight_above) - self.normaliser
+
+    def __getitem__(self, steps: slice) -> "TwoHot":
+        """The distributions of some of the steps, the first dimension."""
+        return TwoHot(self.logits[steps])
+
+
+def within_unit(action: Tensor) -> Tensor:
+    """a / max(1, |a|): the value of clipping to [-1, 1], with gradient 1 / max(1, |a|). [V3-15]
+
+    From the authors' code: the environment clips actions, the replay holds them as they were drawn,
+    so the model must clip, too. A plain clip has no gradient outside of the bounds and could never
+    bring the actor back.
+    """
+    return action / action.detach().abs().clamp(min=1)
+
+
+# ------------------------------------------------------------------------ 5 encoder, decoder, heads
+def init_weights(layer: nn.Module, fan_in: int, scale: float = 1.0) -> None:
+    """Truncated normal of variance 1 / fan in, cut at two sigma; zero bias. [R-19]
+
+    0.8796 is the standard deviation that is left after the cut.
+    """
+    std = scale / math.sqrt(fan_in) / 0.87962566103423978
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+
+
+class Norm(nn.RMSNorm):
+    """RMSNorm over the last dimension, in float32; the result has the type of the input. [R-2]"""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> x / sqrt(mean(x^2) + eps) * weight, of the same shape and type."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (length.square() / x.shape[-1] + self.eps).rsqrt()
+        return (x * scale * self.weight).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """Linear layer with the initialisation of the authors' code."""
+
+    def reset_parameters(self) -> None:
+        """Initialise; `nn.Linear.__init__` calls this."""
+        init_weights(self, self.in_features)
+
+
+class Dense(Linear):
+    """Linear -> RMSNorm -> SiLU, the hidden layer of every network. [R-2]"""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        self.norm = Norm(outputs)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What follows the product (..., outputs)."""
+        return F.silu(self.norm(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return self.activate(super().forward(x))
+
+
+class SplitDense(Dense):
+    """Dense layer of a concatenation: its product is a sum of two, W [a, b] = W_a a + W_b b.
+
+    Where b is known for all timesteps in advance, `project` computes W_b b for all of them at once,
+    and only W_a a is left for the loop. Two parameters, since the gradient of a slice of one would
+    be padded with zeros at every step of the loop.
+    """
+
+    def __init__(self, inputs_a: int, inputs_b: int, outputs: int):
+        super().__init__(inputs_a + inputs_b, outputs)
+        weight_a, weight_b = self.weight.detach().split([inputs_a, inputs_b], 1)
+        del self.weight
+        self.weight_a = nn.Parameter(weight_a.clone())
+        self.weight_b = nn.Parameter(weight_b.clone())
+
+    def project(self, b: Tensor) -> Tensor:
+        """(..., inputs_b) -> W_b b, and the bias if there is one (..., outputs)."""
+        return F.linear(b, self.weight_b, self.bias)
+
+    def forward(self, a: Tensor, projected_b: Tensor) -> Tensor:
+        """(..., inputs_a) and `project`'s output -> (..., outputs)."""
+        return self.activate(F.linear(a, self.weight_a) + projected_b)
+
+
+class BlockLinear(nn.Module):
+    """Linear layers side by side: each block of the outputs sees one block of the inputs. [R-1]"""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, fan_in: int = 0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
+        self.bias = nn.Parameter(torch.empty(outputs))
+        # The authors' code counts the inputs of all blocks, so weights start that much smaller.
+        init_weights(self, fan_in or inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inputs) -> (n, outputs); one batched matrix product for all blocks."""
+        blocks = x.unflatten(-1, (len(self.weight), -1)).transpose(0, 1)
+        bias = self.bias.unflatten(0, (len(self.weight), 1, -1))
+        return torch.baddbmm(bias, blocks, self.weight).transpose(0, 1).flatten(-2)
+
+
+class MLP(nn.Sequential):
+    """`layers` dense layers of `units` each."""
+
+    def __init__(self, inputs: int, units: int, layers: int):
+        super().__init__(*(Dense(units if i else inputs, units) for i in range(layers)))
+
+
+class Head(nn.Module):
+    """MLP and an output layer: features -> the parameters of a distribution, in float32."""
+
+    def __init__(self, inputs: int, units: int, layers: int, outputs: int):
+        super().__init__()
+        self.mlp, self.out = MLP(inputs, units, layers), Linear(units, outputs)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        x = self.mlp(feat)
+        if self.out.out_features > 1:
+            return self.out(x).float()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has 3 digits for a number
+            return self.out(x.float())
+
+
+class ChannelNorm(Norm):
+    """Norm over the channels of an image batch, at each pixel for itself. [V3-8]
+
+    The images are channels-last in memory, so both permutations are free.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) -> the same shape and type; the norm itself is in float32."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Conv(nn.Conv2d):
+    """Convolution of 5x5 pixels that keeps the size of the image. [R-3]"""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 5, padding=2)
+
+    def reset_parameters(self) -> None:
+        """Initialise; `nn.Conv2d.__init__` calls this."""
+        init_weights(self, 25 * self.in_channels)
+
+
+class UpConv(Conv):
+    """Each pixel repeated 2x2 times, then a convolution of 5x5; computed on the small image. [R-3]
+
+    The 5 pixels in a row that an output pixel sees are 3 different ones, and which of them are
+    repeated depends on whether it is the first or the second of its pair. So the four output pixels
+    of an input pixel are four channels of one convolution of 3x3: 36 products instead of 100.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs)
+        repeats = [[[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]],
+                   [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1]]]
+        self.register_buffer("repeats", torch.tensor(repeats).float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inputs, h, w) -> (n, outputs, 2 h, 2 w)."""
+        with torch.autocast(x.device.type, enabled=False):
+            kernel = torch.einsum("atk,bsl,oikl->oabits", self.repeats, self.repeats, self.weight)
+        pixels = F.conv2d(x, kernel.flatten(0, 2), self.bias.repeat_interleave(4), padding=1)
+        return F.pixel_shuffle(pixels, 2)
+
+
+def centre(image: Tensor | None) -> Tensor | None:
+    """uint8 pixels -> float32 in [-0.5, 0.5], which the encoder sees and the decoder predicts."""
+    return None if image is None else image.float().div_(255).sub_(0.5)
+
+
+class Encoder(nn.Module):
+    """Image and/or vector x_t -> embedding: CNN features, then MLP features."""
+
+    def __init__(self, args: Args, spec: EnvSpec):
+        super().__init__()
+        self.embed_dim = 0
+        if spec.image_shape:
+            self.cnn = nn.Sequential()
+            widths = [spec.image_shape[-1]] + [args.depth * factor for factor in DEPTHS]
+            for inputs, outputs in zip(widths, widths[1:]):  # each halves the image [R-3]
+                self.cnn.extend([Conv(inputs, outputs), nn.MaxPool2d(2), ChannelNorm(outputs),
+                                 nn.SiLU()])
+            self.embed_dim += (args.image_size // 16)**2 * widths[-1]
+        if spec.vector_dim:
+            self.mlp = MLP(spec.vector_dim, args.units, args.layers)
+            self.embed_dim += args.units
+
+    def forward(self, image: Tensor | None, vector: Tensor | None) -> Tensor:
+        """image (T, B, I, I, C) from `centre`, vector (T, B, V) -> (T, B, E)."""
+        parts = []
+        if image is not None:
+            pixels = image.flatten(0, 1).permute(0, 3, 1, 2)  # channels-last in memory
+            features = self.cnn(pixels).permute(0, 2, 3, 1)  # flattened as (h, w, c)
+            parts.append(features.reshape(*image.shape[:2], -1))
+        if vector is not None:
+            parts.append(self.mlp(symlog(vector)))  # [V3-1]
+        return torch.cat(parts, -1)
+
+
+class Decoder(nn.Module):
+    """Feature -> image and/or vector."""
+
+    def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
+        super().__init__()
+        self.sizes = args.deter, args.stoch_dim
+        if spec.image_shape:
+            self.cnn, self.start = nn.Sequential(), args.image_size // 16  # 4 x 4 pixels
+            widths = [args.depth * factor for factor in reversed(DEPTHS)] + [spec.image_shape[-1]]
+            for inputs, outputs in zip(widths[:-1], widths[1:-1]):  # [R-3]
+                self.cnn.extend([UpConv(inputs, outputs), ChannelNorm(outputs), nn.SiLU()])
+            self.cnn.append(UpConv(*widths[-2:]))
+            grid = self.start**2 * widths[0]
+            self.deter_in = BlockLinear(args.deter, grid, args.blocks)  # [R-4]
+            self.stoch_in = nn.Sequential(Dense(args.stoch_dim, 2 * args.units),
+                                          Linear(2 * args.units, grid))
+            self.norm = Norm(widths[0])
+        if spec.vector_dim:
+            self.vector_head = Head(feat_dim, args.units, args.layers, spec.vector_dim)
+
+    def image(self, feat: Tensor) -> Tensor:
+        """(T, B, F) -> mean image (T, B, I, I, C), in float32; the targets lie in [-0.5, 0.5]."""
+        deter, stoch = feat.flatten(0, -2).split(self.sizes, -1)
+        shape = self.start, self.start, len(self.deter_in.weight), -1
+        by_deter = self.deter_in(deter).unflatten(-1, (shape[2], *shape[:2], -1))  # by blocks
+        grid = by_deter.permute(0, 2, 3, 1, 4) + self.stoch_in(stoch).unflatten(-1, shape)
+        pixels = self.cnn(F.silu(self.norm(grid.flatten(-2))).permute(0, 3, 1, 2))
+        pixels = pixels.permute(0, 2, 3, 1).float().sigmoid() - 0.5  # [R-4]
+        return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:])
+
+    def vector(self, feat: Tensor) -> Tensor:
+        """(T, B, F) -> vector (T, B, V) as its loss sees it, in float32."""
+        return self.vector_head(feat)
+
+
+# ------------------------------------------------------------------------------------------- 6 RSSM
+class State(NamedTuple):
+    """Recurrent state of the model, and the action chosen there, which leads to the next one."""
+
+    deter: Tensor  # (B, D) h_t
+    stoch: Tensor  # (B, Z) z_t
+    action: Tensor  # (B, A)
+
+
+class BlockGRUCell(nn.Module):
+    """GRU whose units form blocks; a block sees itself, and what x and a say of all. [R-1]
+
+        y       = SiLU(norm(W_h h + W_x x + W_a a))      W_h and V: within each block
+        r, c, u = V y
+        c' = tanh(sigmoid(r) c);   u' = sigmoid(u - 1);   h' = u' c' + (1 - u') h
+    """
+
+    def __init__(self, inputs: int, action_inputs: int, units: int, blocks: int):
+        super().__init__()
+        # As if each block had one kernel, for its part of h, x and a side by side.
+        fan_in = units + blocks * (inputs + action_inputs)
+        self.hidden = BlockLinear(units, units, blocks, fan_in)
+        self.x_in, self.action_in = (nn.Linear(width, units) for width in (inputs, action_inputs))
+        for layer in (self.x_in, self.action_in):
+            init_weights(layer, fan_in)
+            layer.register_parameter("bias", None)  # `hidden` has one
+        self.norm = Norm(units)
+        self.gates = BlockLinear(units, 3 * units, blocks)
+
+    def forward(self, x: Tensor, action_in: Tensor, deter: Tensor) -> Tensor:
+        """x, W_a a (B, D), and h_{t-1} (B, D) -> h_t (B, D), in float32."""
+        y = F.silu(self.norm(self.hidden(deter) + self.x_in(x) + action_in))  # (B, D)
+        parts = self.gates(y).float().unflatten(-1, (len(self.gates.weight), 3, -1))
+        reset, cand, update = (part.flatten(-2) for part in parts.unbind(-2))
+        # The -1 makes the state change slowly at first.
+        return deter.lerp(torch.tanh(reset.sigmoid() * cand), (update - 1).sigmoid())
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: the recurrence, the prior and the posterior.
+
+    The authors' names: `img_` is imagination, not image; `obs_` sees the observation, too.
+    """
+
+    def __init__(self, args: Args, action_dim: int, embed_dim: int):
+        super().__init__()
+        self.deter_in, self.stoch_in, self.action_in = (  # [R-1]
+            Dense(width, args.hidden) for width in (args.deter, args.stoch_dim, action_dim))
+        self.img_out = MLP(args.deter, args.hidden, 2)
+        self.obs_out = SplitDense(args.deter, embed_dim, args.hidden)
+        self.gru = BlockGRUCell(2 * args.hidden, args.hidden, args.deter, args.blocks)
+        self.img_stats = Linear(args.hidden, args.stoch_dim)
+        self.obs_stats = Linear(args.hidden, args.stoch_dim)
+        self.groups, self.unimix = args.stoch, args.unimix
+
+    def project_action(self, action: Tensor) -> Tensor:
+        """What an action (..., A) adds to the hidden layer of the GRU (..., D)."""
+        return self.gru.action_in(self.action_in(within_unit(action)))  # [V3-15]
+
+    def recur(self, deter: Tensor, stoch: Tensor, action_in: Tensor) -> Tensor:
+        """h_{t-1} (B, D), z_{t-1} (B, Z) and `project_action` of a_{t-1} -> h_t (B, D)."""
+        x = torch.cat([self.deter_in(deter), self.stoch_in(stoch)], -1)  # (B, 2U)
+        return self.gru(x, action_in, deter)
+
+    def latent(self, raw: Tensor) -> Latent:
+        """Raw statistics from the last layer -> distribution of z_t."""
+        return Latent(raw, self.groups, self.unimix)  # [V2-1] [V3-3]
+
+    def prior(self, deter: Tensor) -> Latent:
+        """p(z_t | h_t), from h_t (..., D)."""
+        return self.latent(self.img_stats(self.img_out(deter)))
+
+    def img_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """One imagined step: h (N, D), z (N, Z), a (N, A) -> next h (N, D), z ~ prior (N, Z)."""
+        next_deter = self.recur(deter, stoch, self.project_action(action))  # (N, D)
+        return next_deter, self.prior(next_deter).sample()
+
+    def obs_step(self, deter: Tensor, stoch: Tensor, action_in: Tensor,
+                 embed_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One observed step: h (B, D), z (B, Z) -> next h (B, D), z ~ posterior (B, Z), and its
+        raw statistics. `action_in` (B, D), `embed_in` (B, U): what both add to the two products.
+        """
+        next_deter = self.recur(deter, stoch, action_in)  # (B, D)
+        raw = self.obs_stats(self.obs_out(next_deter, embed_in))
+        return next_deter, self.latent(raw).sample(), raw
+
+    def observe(self, embed: Tensor, prev_action: Tensor, is_first: Tensor, deter: Tensor,
+                stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Infer the states of a sequence from its embeddings and the actions that led to them.
+
+        `embed` (T, B, E), `prev_action` (T, B, A); `deter` (B, D) and `stoch` (B, Z) before that.
+        Where `is_first` (T, B), an episode begins: with zero state and action [R-6]. What
+        does not depend on the previous state is computed for all T at once, so that the loop holds
+        the recurrence alone. Returns deter (T, B, D), stoch (T, B, Z), and raw statistics.
+        """
+        action_in = self.project_action(prev_action * ~is_first[..., None])  # (T, B, D)
+        embed_in = self.obs_out.project(embed)  # (T, B, U)
+        deters, stochs, raws = [], [], []
+        for first, action_t, embed_t in zip(is_first[..., None], action_in, embed_in):
+            deter, stoch, raw = self.obs_step(deter * ~first, stoch * ~first, action_t, embed_t)
+            deters.append(deter), stochs.append(stoch), raws.append(raw)
+        return torch.stack(deters), torch.stack(stochs), torch.stack(raws)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward and continue head: what the world-model loss trains."""
+
+    def __init__(self, args: Args, spec: EnvSpec):
+        super().__init__()
+        self.feat_dim = feat_dim = args.deter + args.stoch_dim
+        self.encoder = Encoder(args, spec)
+        self.rssm = RSSM(args, spec.action_dim, self.encoder.embed_dim)
+        self.decoder = Decoder(args, spec, feat_dim)
+        self.cont_head = Head(feat_dim, args.units, args.head_layers, 1)
+        self.reward_head = Head(feat_dim, args.units, args.head_layers, args.bins)
+        nn.init.zeros_(self.reward_head.out.weight)  # [V3-9]
+
+    def reward(self, feat: Tensor) -> TwoHot:
+        """(..., F) -> distribution of the reward (...) received with that state. [V3-4]"""
+        return TwoHot(self.reward_head(feat))
+
+    def cont(self, feat: Tensor) -> Bernoulli:
+        """(..., F) -> distribution of "the episode goes on" (...), with gamma in it. [R-8]"""
+        return Bernoulli(self.cont_head(feat).squeeze(-1))
+
+
+# ------------------------------------------------------------------------------- 7 actor and critic
+class Actor(nn.Module):
+    """Feature -> policy pi(a_t | s_t)."""
+
+    def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
+        super().__init__()
+        self.discrete = spec.discrete
+        self.head = Head(feat_dim, args.units, args.layers, spec.action_dim)
+        init_weights(self.head.out, args.units, 0.01)  # [R-10]
+        if not spec.discrete:
+            self.std = Linear(args.units, spec.action_dim)  # [V2-11]
+            init_weights(self.std, args.units, 0.01)
+        self.min_std, self.max_std = args.actor_min_std, args.actor_max_std
+        self.unimix = args.actor_unimix
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """(..., F) -> parameters of the policy (..., A), or (..., 2A) for continuous actions."""
+        if self.discrete:
+            return self.head(feat)
+        x = self.head.mlp(feat)
+        return torch.cat([self.head.out(x), self.std(x)], -1).float()
+
+    def policy(self, raw: Tensor) -> OneHot | Gaussian:
+        """Distribution of actions from `forward`'s output: one-hot, or from mean and deviation."""
+        if not self.discrete:
+            mean, raw_std = raw.chunk(2, -1)  # the deviation is 0.1 to 1, 0.89 at first [V3-15]
+            std = (self.max_std - self.min_std) * (raw_std + 2).sigmoid() + self.min_std
+            return Gaussian(mean.tanh(), std)
+        return OneHot(raw, self.unimix)  # [R-10]
+
+
+class Critic(nn.Module):
+    """Feature -> distribution of the return from there."""
+
+    def __init__(self, args: Args, feat_dim: int):
+        super().__init__()
+        self.head = Head(feat_dim, args.units, args.layers, args.bins)
+        nn.init.zeros_(self.head.out.weight)  # [V3-9]
+
+    def forward(self, feat: Tensor) -> TwoHot:
+        """(..., F) -> distribution over (...). [V3-4]"""
+        return TwoHot(self.head(feat))
+
+
+class ReturnScale(nn.Module):
+    """S, a moving average of the range of returns between two percentiles, Eq. 12. [V3-5]"""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.decay, self.limit = args.return_norm_decay, args.return_norm_limit
+        percentiles = torch.tensor([args.return_norm_low, args.return_norm_high]) / 100
+        self.register_buffer("percentiles", percentiles, persistent=False)
+        self.register_buffer("range", torch.zeros(2))  # starts at 0, no bias correction
+
+    @torch.no_grad()
+    def update(self, ret: Tensor) -> Tensor:
+        """Take in returns (H, N) of any scale; give the divisor max(1, S) as a scalar."""
+        now = torch.quantile(gather_ranks(ret.flatten()), self.percentiles)
+        self.range.lerp_(now, 1 - self.decay)
+        return (self.range[1] - self.range[0]).clamp(min=self.limit)
+
+
+# ----------------------------------------------------------------------------------------- 8 losses
+def world_model_loss(model: WorldModel, batch: Batch, carry: State,
+                     args: Args) -> tuple[dict[str, Tensor], Tensor, Tensor, dict[str, Tensor]]:
+    """Scaled loss terms of the world model, each (T, B), over every replayed step. Eq. 4-5:
+        L_pred = -ln p(x_t|s_t) - ln p(r_t|s_t) - ln p(c_t|s_t)
+        L_dyn  = max(1, KL[ sg(q(z_t|h_t,x_t)) || p(z_t|h_t) ])     trains the prior
+        L_rep  = max(1, KL[ q(z_t|h_t,x_t) || sg(p(z_t|h_t)) ])     trains the posterior
+        L      = beta_pred L_pred + beta_dyn L_dyn + beta_rep L_rep
+
+    Returns the terms, the posterior states deter (T, B, D) and stoch (T, B, Z), and statistics.
+    """
+    image = centre(batch.image)
+    embed = model.encoder(image, batch.vector)  # (T, B, E)
+    prev_action = previous_actions(batch, carry.action)  # (T, B, A)
+    deter, stoch, raw = model.rssm.observe(embed, prev_action, batch.is_first, carry.deter,
+                                           carry.stoch)
+    post, prior = model.rssm.latent(raw), model.rssm.prior(deter)
+    feat = torch.cat([deter, stoch], -1)  # (T, B, F)
+
+    losses, metrics = {}, {"latent/post_entropy": post.entropy(),
+                           "latent/prior_entropy": prior.entropy()}
+    if image is not None:  # [V3-13]
+        squared = F.mse_loss(model.decoder.image(feat), image, reduction="none")  # (T, B, I, I, C)
+        losses["image"] = args.beta_pred * squared.sum((-3, -2, -1))
+    if batch.vector is not None:  # [V3-1] Eq. 1  [V3-13]
+        error = (model.decoder.vector(feat) - symlog(batch.vector)).square()  # (T, B, V)
+        losses["vector"] = args.beta_pred * error.sum(-1)
+    losses["reward"] = -args.beta_pred * model.reward(feat).log_prob(batch.reward)
+    going_on = args.gamma * (~batch.is_terminal).float()  # (T, B) [R-8]
+    losses["cont"] = -args.beta_pred * model.cont(feat).log_prob(going_on)
+    # [V3-2] Both have the same value; they differ in which side learns.
+    kl_dyn, kl_rep = post.detach().kl(prior), post.kl(prior.detach())
+    losses["dyn"] = args.beta_dyn * kl_dyn.clamp(min=args.free_bits)
+    losses["rep"] = args.beta_rep * kl_rep.clamp(min=args.free_bits)
+    metrics["latent/kl"] = kl_dyn
+    return losses, deter, stoch, metrics
+
+
+def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
+            horizon: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow actor and prior for `horizon` steps from deter (N, D) and stoch (N, Z). [V1-1]
+    Returns features (H1, N, F), the starts included, actions (H, N, A) and the actor's outputs
+    (H, N, A or 2A), from which the losses rebuild the policy without running the actor again.
+
+    REINFORCE needs no gradient of the dynamics at all [R-9]: all that the actor's loss reaches is
+    the actor, through ln pi.
+    """
+    feats, actions, raws = [torch.cat([deter, stoch], -1)], [], []
+    for _ in range(horizon):
+        raws.append(actor(feats[-1]))
+        with torch.no_grad():
+            actions.append(actor.policy(raws[-1]).sample())
+            deter, stoch = model.rssm.img_step(deter, stoch, actions[-1])
+            feats.append(torch.cat([deter, stoch], -1))
+    return torch.stack(feats), torch.stack(actions), torch.stack(raws)
+
+
+def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_: float) -> Tensor:
+    """Lambda-returns of imagined trajectories, one per step, (H, N) or one step less.
+
+        R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
+        R_H = next_value_{H-1}                      after the last step the critic bootstraps
+
+    All arguments have the shape of the result and are aligned: what follows from step t stands at
+    index t.
+    """
+    target = reward + discount * (1 - lambda_) * next_value
+    returns, last = [], next_value[-1]
+    for t in reversed(range(len(reward))):
+        last = target[t] + discount[t] * lambda_ * last
+        returns.append(last)
+    return torch.stack(returns[::-1])
+
+
+def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline: Tensor,
+               scale: Tensor, weight: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Loss of the actor as a scalar, and the policy's entropy (H, N). Eq. 11, with
+        REINFORCE   L = -mean w_t ( ln pi(a_t|s_t) sg(A_t) + eta H[pi(.|s_t)] )      [R-9]
+    and A_t = (R_t - v_t) / max(1, S). Weights w_t and baseline v_t are in the authors' code only.
+    `ret`, `baseline` and `weight` are (H, N).
+    """
+    advantage = (ret - baseline) / scale  # (H, N) [V1-2] [V3-5]
+    objective = policy.log_prob(action) * advantage  # (H, N)
+    entropy = policy.entropy()  # [V2-5]
+    return -(weight * (objective + args.actor_entropy * entropy)).mean(), entropy
+
+
+def critic_loss(value_dist: TwoHot, ret: Tensor, slow_value: Tensor, weight: Tensor,
+                args: Args) -> Tensor:
+    """Loss of the critic as a scalar, Eq. 10, and the pull towards its slow copy. [V3-6]
+        L = -mean w_t ( ln p(R_t|s_t) + rho ln p(v'_t|s_t) )     v' the mean of the slow critic,
+                                                                 rho = args.critic_ema_regularizer
+    The weights w_t are in the authors' code only. All tensors are (H, N).
+    """
+    log_prob = value_dist.log_prob(ret.detach())  # (H, N)
+    log_prob_slow = value_dist.log_prob(slow_value)  # (H, N)
+    return -(weight * (log_prob + args.critic_ema_regularizer * log_prob_slow)).mean()
+
+
+def replay_critic_loss(value_dist: TwoHot, batch: Batch, imag_ret: Tensor, slow_value: Tensor,
+                       args: Args) -> Tensor:
+    """Loss of the critic on replayed rewards, as a scalar. [R-11]
+        R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})
+        L   = -mean ( ln p(R_t|s_t) + rho ln p(v'_t|s_t) )     t = 0 ... T-2
+    v_t is the imagined return from s_t. The state where an episode was cut off (a time limit) ends
+    the sum with r_t + gamma v_t; nothing is learned there. All tensors are (T, B).
+    """
+    ends = torch.cat([batch.is_first[1:], torch.zeros_like(batch.is_first[:1])])  # (T, B) bool
+    discount = args.gamma * (~batch.is_terminal).float()  # (T, B)
+    reward = batch.reward + ends * discount * imag_ret  # (T, B)
+    ret = lambda_return(reward[1:], (discount * ~ends)[1:], imag_ret[1:], args.return_lambda)
+    return critic_loss(value_dist[:-1], ret, slow_value[:-1], (~ends).float()[:-1], args)
+
+
+# ------------------------------------------------------------------------------------------ 9 agent
+class Optimizer:
+    """LaProp, on gradients that are clipped to a share of each parameter's own norm. [R-14]
+
+        nu <- beta2 nu + (1 - beta2) g^2;   mu <- beta1 mu + (1 - beta1) g / sqrt(nu)
+    Both without bias. Adam would smooth g before it divides, so that after a sudden large gradient
+    the old small nu divides what is left of it, again and again.
+    """
+
+    def __init__(self, module: nn.Module, args: Args):
+        self.params = [param for param in module.parameters() if param.requires_grad]
+        self.nu, self.mu = ([torch.zeros_like(param) for param in self.params] for _ in range(2))
+        self.step = torch.zeros((), device=self.params[0].device)  # a tensor, for a CUDA graph
+        self.lr, self.warmup, self.agc = args.lr, args.warmup, args.agc
+        self.beta1, self.beta2, self.eps = args.beta1, args.beta2, args.eps
+
+    def grads(self, loss: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of a scalar loss."""
+        grads = torch.autograd.grad(loss, self.params)
+        average_over_ranks(grads)
+        return grads
+
+    @torch.no_grad()
+    def apply(self, grads: tuple[Tensor, ...]) -> Tensor:
+        """Take one step; returns the global norm of the gradients before clipping."""
+        norms = torch.stack(torch._foreach_norm(grads))
+        limits = self.agc * torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
+        clipped = torch._foreach_mul(grads, list((limits / norms.clamp(min=limits)).unbind()))
+        self.step += 1
+        unbias = (1 - self.beta1**self.step), (1 - self.beta2**self.step)
+        torch._foreach_mul_(self.nu, self.beta2)
+        torch._foreach_addcmul_(self.nu, clipped, clipped, 1 - self.beta2)
+        roots = torch._foreach_sqrt(torch._foreach_div(self.nu, unbias[1]))
+        torch._foreach_add_(roots, self.eps)
+        torch._foreach_lerp_(self.mu, torch._foreach_div(clipped, roots), 1 - self.beta1)
+        # The rate rises from 0, so the first step moves nothing.
+        warm = ((self.step - 1) / max(self.warmup, 1)).clamp(max=1) if self.warmup else 1.0
+        torch._foreach_sub_(self.params, torch._foreach_mul(self.mu, self.lr * warm / unbias[0]))
+        return norms.norm()
+
+    def state_dict(self) -> dict:
+        """LaProp's moments and counter, without the learning rate."""
+        return {"step": self.step, "nu": self.nu, "mu": self.mu}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Load what `state_dict` gave. Learning rates stay those of this call's flags."""
+        self.step.copy_(state["step"])
+        for mine, saved in zip((*self.nu, *self.mu), (*state["nu"], *state["mu"]), strict=True):
+            mine.copy_(saved)
+
+
+class Agent(nn.Module):
+    """World model, actor, critic and how they learn."""
+
+    def __init__(self, args: Args, spec: EnvSpec, device: torch.device):
+        super().__init__()
+        self.args, self.spec, self.device, self.updates = args, spec, device, 0
+        self.world_model = WorldModel(args, spec)
+        feat_dim = self.world_model.feat_dim
+        self.actor = Actor(args, spec, feat_dim)
+        self.critic = Critic(args, feat_dim)
+        self.slow_critic = Critic(args, feat_dim).requires_grad_(False)  # [V2-6]
+        self.slow_critic.load_state_dict(self.critic.state_dict())  # [R-12]
+        self.return_scale = ReturnScale(args)  # [V3-5]
+        self.to(device, memory_format=torch.channels_last)
+        self.optimizer = Optimizer(self, args)  # [R-13]
+        self.bf16 = use_bf16(args.amp, device, args.units >= 256)
+        if args.compile:
+            rssm, networks = self.world_model.rssm, (Encoder, Head, Actor)
+            compile_methods(rssm.obs_step, rssm.img_step, self.world_model.decoder.image,
+                            *(x.forward for x in self.modules() if isinstance(x, networks)))
+        if args.cuda_graph and device.type == "cuda":
+            self.learn = CudaGraph(self.learn)
+
+    def train_step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One update; returns scalar metrics, and deter and stoch (T, B, ...) of the batch."""
+        metrics, deter, stoch = self.learn(batch)
+        self.update_slow_critic()
+        self.updates += 1
+        return metrics, deter, stoch
+
+    def learn(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One step of everything, all on the device: a CUDA graph records it.
+
+        One loss, so imagination runs inside of the model as it was before the step. [R-13]
+        """
+        args, model = self.args, self.world_model
+        # World model
+        with self.autocast():
+            losses, deter, stoch, metrics = world_model_loss(model, batch, self.carry(batch), args)
+            replay_value_dist = self.critic(torch.cat([deter, stoch], -1))  # (T, B) [R-11]
+
+        # Imagination, from every posterior state
+        with self.autocast():
+            feat, action, raw = imagine(model, self.actor, deter.detach().flatten(0, 1),
+                                        stoch.detach().flatten(0, 1), args.imag_horizon)
+            value_dist = self.critic(feat)
+            with torch.no_grad():
+                reward = model.reward(feat[1:]).mean()  # (H, N)
+                cont = model.cont(feat).mean()  # (H1, N) [R-8]
+                value = value_dist.mean()  # (H1, N)
+                slow_value = self.slow_critic(feat[:-1]).mean()  # (H, N)
+
+        # Returns. What follows from state t is r_{t+1}, c_{t+1} here; Eq. 7 writes r_t, c_t for it
+        weight = cont[:-1].cumprod(0)  # (H, N) [V1-5] [R-8]
+        ret = lambda_return(reward, cont[1:], value[1:], args.return_lambda)  # (H, N) [V1-3] [V3-6]
+        scale = metrics["imagined/return_scale"] = self.return_scale.update(ret)
+
+        # Actor and critic
+        losses["actor"], metrics["actor/entropy"] = actor_loss(
+            self.actor.policy(raw), action, ret, value[:-1], scale, weight, args)  # [V3-14]
+        losses["critic"] = critic_loss(value_dist[:-1], ret, slow_value, weight, args)
+        starts = batch.reward.shape
+        losses["replay_critic"] = args.beta_replay * replay_critic_loss(
+            replay_value_dist, batch, ret[0].view(starts), slow_value[0].view(starts), args)
+
+        loss = sum(loss.mean() for loss in losses.values())  # [R-13]
+        norm = self.optimizer.apply(self.optimizer.grads(loss))
+        metrics |= {f"loss/{name}": loss for name, loss in losses.items()} | {
+            "loss/all": loss, "grad_norm/all": norm, "imagined/return": ret,
+            "imagined/value": value, "imagined/reward": reward}
+        metrics = {name: values.detach().mean() for name, values in metrics.items()}
+        return metrics, deter.detach(), stoch.detach()
+
+    def carry(self, batch: Batch) -> State:
+        """The state before row 0 of the windows. [R-15]"""
+        if batch.deter is None:
+            return self.zero_state(batch.reward.shape[1])
+        return State(batch.deter, batch.stoch, batch.prev_action)
+
+    @torch.no_grad()
+    def update_slow_critic(self) -> None:
+        """Move the slow critic towards the critic. [V2-6] [V3-6]"""
+        rate = 1 - self.args.critic_ema_decay
+        slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
+        torch._foreach_lerp_(slow, fast, rate)
+
+    @torch.no_grad()
+    def act(self, obs: EnvStep, state: State, sample: bool = True) -> State:
+        """Take in one observation per environment and choose actions: the next state.
+
+        `state` is the one before; `state.action` (P, A) led to this observation. `sample`: draw
+        from the policy, else take its mode. At the end of an episode nothing is chosen: the action
+        is zero.
+        """
+        image, vector, is_first, is_last = (
+            None if array is None else on_device(torch.from_numpy(array)[None], self.device)
+            for array in (obs.image, obs.vector, obs.is_first, obs.is_last))
+        embed = self.world_model.encoder(centre(image), vector)
+        deter, stoch, _ = self.world_model.rssm.observe(
+            embed, state.action[None], is_first, state.deter, state.stoch)
+        policy = self.actor.policy(self.actor(torch.cat([deter[0], stoch[0]], -1)))
+        action = policy.sample() if sample else policy.mode()
+        return State(deter[0], stoch[0], action * ~is_last[0, :, None])
+
+    def zero_state(self, rows: int) -> State:
+        """Zeros, with which a sequence begins. [R-6]"""
+        return State(*(torch.zeros(rows, width, device=self.device) for width in (
+            self.args.deter, self.args.stoch_dim, self.spec.action_dim)))
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 for matrix products and convolutions; parameters and losses stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        """By name, for the checkpoint."""
+        return {"all": self.optimizer}
+
+
+# -------------------------------------------------------------------------------------- 10 dreaming
+@torch.no_grad()
+def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]:
+    """What happened, what the model reconstructs, and what it imagines, for the first sequence.
+
+    The model infers its state from the first `context` observations of `batch` (T, B, ...); from
+    there on it is given the recorded actions and nothing else, up to the end of that episode.
+    Videos (T, I, I, C) uint8, or vectors (T, V) float32 for environments without images.
+    """
+    ends = batch.is_first[context:, 0].nonzero()
+    length = context + int(ends[0]) if len(ends) else len(batch.reward)
+    batch = Batch(*(x if x is None else on_device(x[:length], agent.device) for x in batch[:6]),
+                  *(x if x is None else on_device(x, agent.device) for x in batch[6:]))
+    model, carry = agent.world_model, agent.carry(batch)
+    replay_deter, replay_stoch, _ = model.rssm.observe(
+        model.encoder(centre(batch.image), batch.vector), previous_actions(batch, carry.action),
+        batch.is_first, carry.deter, carry.stoch)
+    feat = torch.cat([replay_deter, replay_stoch], -1)  # (T, B, F)
+
+    imag_deter, imag_stoch = replay_deter[context - 1], replay_stoch[context - 1]
+    imag_feat = [*feat[:context]]
+    for action in batch.action[context - 1:-1]:
+        imag_deter, imag_stoch = model.rssm.img_step(imag_deter, imag_stoch, action)
+        imag_feat.append(torch.cat([imag_deter, imag_stoch], -1))
+
+    feats = torch.stack([feat[:, 0], torch.stack(imag_feat)[:, 0]], 1)  # (T, 2, F)
+    if batch.image is None:
+        vectors = symexp(model.decoder.vector(feats))  # (T, 2, V)
+        series = torch.cat([batch.vector[:, :1], vectors], 1)
+    else:
+        pixels = ((model.decoder.image(feats) + 0.5).clamp(0, 1) * 255).round().byte()
+        series = torch.cat([batch.image[:, :1], pixels], 1)
+    names = ["what happened", "reconstruction", "imagination"]
+    return dict(zip(names, series.transpose(0, 1).cpu().numpy()))
+
+
+# ------------------------------------------------------------------------------------- 11 main loop
+def first_update(args: Args, ranks: int) -> int:
+    """Timestep of the first update: --learning-starts, but each ring must hold a whole window."""
+    whole_windows = args.num_envs * ranks * (args.batch_length + args.replay_context)
+    return 1 if args.offline else max(args.learning_starts, whole_windows)
+
+
+def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
+    """Updates to make now, so that from the first one on every timestep is replayed `train_ratio`
+    times on average, besides --pretrain. `done` were made before; `ranks` processes share the work.
+    """
+    steps, replayed = step - first_update(args, ranks), args.batch_size * args.batch_length
+    if steps < 0:
+        return 0
+    return args.pretrain + int(steps * args.train_ratio / replayed) - done
+
+
+def train(args: Args, run_dir: Path | None) -> None:
+    """The whole run, or the rest of the one in `run_dir`."""
+    with Run(SCRIPT, args, run_dir) as run:
+        envs = Envs(args.env_config, args.num_envs, run.seed, args.max_env_restarts,
+                    args.env_timeout, args.env_seed)
+        agent = Agent(args, envs.spec, run.device)
+        latents = (args.deter, args.stoch_dim) if args.replay_context else None  # [R-15]
+        replay = run.open_replay(partial(ReplayBuffer, latents=latents), envs.spec, args.capacity)
+        feeder = Feeder(replay, run.device, args.batch_size // run.ranks, args.batch_length)
+        run.start(envs, agent, feeder, open_loop,
+                  planned=updates_due(args, args.total_timesteps, 0, run.ranks))
+
+        obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
+        while run.step < args.total_timesteps and not run.stopping():
+            state = agent.act(obs, state)  # act
+            action = state.action.cpu().numpy()
+            replay.add(obs, state)  # store
+            run.step += args.num_envs * run.ranks
+            due = updates_due(args, run.step, agent.updates, run.ranks) if feeder.ready() else 0
+            for _ in range(due):
+                batch = feeder.next()
+                metrics, deter, stoch = agent.train_step(batch)  # train
+                feeder.prepare()  # draw the next batch while a GPU works on this one
+                replay.refresh(batch, deter, stoch)  # [R-15]
+                if run.stopping(metrics):
+                    break  # what is due stays due
+            run.log_and_save(obs, metrics)  # log
+            obs = envs.step(action)  # step
+
+
+def main() -> None:
+    """Train, resume, evaluate or dream; a mistake of the user gets one line and exit status 1."""
+    with one_line_errors():
+        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], TASKS)
+        if args.evaluate:
+            evaluate(args, load_agent(Agent, args, run_dir, SCRIPT))
+        elif args.dream:
+            dream(args, run_dir, load_agent(Agent, args, run_dir, SCRIPT), open_loop, to_batch)
+        else:
+            train(args, run_dir)
+
+
+if __name__ == "__main__":
+    main()
