@@ -108,6 +108,7 @@ Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
 
 # ---------------------------------------------------------------------------------------- 1 imports
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -652,18 +653,39 @@ class SplitDense(Dense):
 class BlockLinear(nn.Module):
     """Linear layers side by side: each block of the outputs sees one block of the inputs. [R-1]"""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, fan_in: int = 0):
+    def __init__(self, inputs: int, outputs: int, blocks: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
         self.bias = nn.Parameter(torch.empty(outputs))
-        # The authors' code counts the inputs of all blocks, so weights start that much smaller.
-        init_weights(self, fan_in or inputs)
+        init_weights(self, inputs)  # the authors' code counts the inputs of all blocks
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, inputs) -> (n, outputs); one batched matrix product for all blocks."""
         blocks = x.unflatten(-1, (len(self.weight), -1)).transpose(0, 1)
         bias = self.bias.unflatten(0, (len(self.weight), 1, -1))
         return torch.baddbmm(bias, blocks, self.weight).transpose(0, 1).flatten(-2)
+
+
+class SplitBlockLinear(BlockLinear):
+    """Block-linear layer whose blocks all see a and b, too; split for the reason of `SplitDense`.
+
+    What every block sees is one ordinary matrix product for all blocks together.
+    """
+
+    def __init__(self, inputs: int, inputs_a: int, inputs_b: int, outputs: int, blocks: int):
+        super().__init__(inputs + blocks * (inputs_a + inputs_b), outputs, blocks)
+        parts = self.weight.detach().split([inputs // blocks, inputs_a, inputs_b], 1)
+        self.weight = nn.Parameter(parts[0].clone())
+        self.weight_a, self.weight_b = (
+            nn.Parameter(part.transpose(1, 2).flatten(0, 1).clone()) for part in parts[1:])
+
+    def project(self, b: Tensor) -> Tensor:
+        """(..., inputs_b) -> W_b b (..., outputs)."""
+        return F.linear(b, self.weight_b)
+
+    def forward(self, x: Tensor, a: Tensor, projected_b: Tensor) -> Tensor:
+        """(n, inputs), (n, inputs_a) and `project`'s output -> (n, outputs)."""
+        return super().forward(x) + F.linear(a, self.weight_a) + projected_b
 
 
 class MLP(nn.Sequential):
@@ -821,19 +843,13 @@ class BlockGRUCell(nn.Module):
 
     def __init__(self, inputs: int, action_inputs: int, units: int, blocks: int):
         super().__init__()
-        # As if each block had one kernel, for its part of h, x and a side by side.
-        fan_in = units + blocks * (inputs + action_inputs)
-        self.hidden = BlockLinear(units, units, blocks, fan_in)
-        self.x_in, self.action_in = (nn.Linear(width, units) for width in (inputs, action_inputs))
-        for layer in (self.x_in, self.action_in):
-            init_weights(layer, fan_in)
-            layer.register_parameter("bias", None)  # `hidden` has one
+        self.hidden = SplitBlockLinear(units, inputs, action_inputs, units, blocks)
         self.norm = Norm(units)
         self.gates = BlockLinear(units, 3 * units, blocks)
 
     def forward(self, x: Tensor, action_in: Tensor, deter: Tensor) -> Tensor:
         """x, W_a a (B, D), and h_{t-1} (B, D) -> h_t (B, D), in float32."""
-        y = F.silu(self.norm(self.hidden(deter) + self.x_in(x) + action_in))  # (B, D)
+        y = F.silu(self.norm(self.hidden(deter, x, action_in)))  # (B, D)
         parts = self.gates(y).float().unflatten(-1, (len(self.gates.weight), 3, -1))
         reset, cand, update = (part.flatten(-2) for part in parts.unbind(-2))
         # The -1 makes the state change slowly at first.
@@ -859,7 +875,7 @@ class RSSM(nn.Module):
 
     def project_action(self, action: Tensor) -> Tensor:
         """What an action (..., A) adds to the hidden layer of the GRU (..., D)."""
-        return self.gru.action_in(self.action_in(within_unit(action)))  # [V3-15]
+        return self.gru.hidden.project(self.action_in(within_unit(action)))  # [V3-15]
 
     def recur(self, deter: Tensor, stoch: Tensor, action_in: Tensor) -> Tensor:
         """h_{t-1} (B, D), z_{t-1} (B, Z) and `project_action` of a_{t-1} -> h_t (B, D)."""
@@ -1114,7 +1130,11 @@ class Optimizer:
     """
 
     def __init__(self, module: nn.Module, args: Args):
-        self.params = [param for param in module.parameters() if param.requires_grad]
+        names, self.params = zip(*((re.sub("_[ab]$", "", name), param) for name, param in
+                                   module.named_parameters() if param.requires_grad))
+        # The parts of a split weight are one tensor to the authors' code.
+        self.tensor_of = torch.tensor([names.index(name) for name in names],
+                                      device=self.params[0].device)
         self.nu, self.mu = ([torch.zeros_like(param) for param in self.params] for _ in range(2))
         self.step = torch.zeros((), device=self.params[0].device)  # a tensor, for a CUDA graph
         self.lr, self.warmup, self.agc = args.lr, args.warmup, args.agc
@@ -1129,8 +1149,7 @@ class Optimizer:
     @torch.no_grad()
     def apply(self, grads: tuple[Tensor, ...]) -> Tensor:
         """Take one step; returns the global norm of the gradients before clipping."""
-        norms = torch.stack(torch._foreach_norm(grads))
-        limits = self.agc * torch.stack(torch._foreach_norm(self.params)).clamp(min=1e-3)
+        norms, limits = self.norms(grads), self.agc * self.norms(self.params).clamp(min=1e-3)
         clipped = torch._foreach_mul(grads, list((limits / norms.clamp(min=limits)).unbind()))
         self.step += 1
         unbias = (1 - self.beta1**self.step), (1 - self.beta2**self.step)
@@ -1142,7 +1161,12 @@ class Optimizer:
         # The rate rises from 0, so the first step moves nothing.
         warm = ((self.step - 1) / max(self.warmup, 1)).clamp(max=1) if self.warmup else 1.0
         torch._foreach_sub_(self.params, torch._foreach_mul(self.mu, self.lr * warm / unbias[0]))
-        return norms.norm()
+        return nn.utils.get_total_norm(grads)
+
+    def norms(self, values: tuple[Tensor, ...]) -> Tensor:
+        """For each of `values`, the norm of the whole tensor that it belongs to."""
+        squares = torch.stack(torch._foreach_norm(values)).square()
+        return torch.zeros_like(squares).index_add_(0, self.tensor_of, squares)[self.tensor_of].sqrt()
 
     def state_dict(self) -> dict:
         """LaProp's moments and counter, without the learning rate."""

@@ -49,7 +49,7 @@ from torch import Tensor
 
 from common.envs import EnvSpec
 
-VERSIONS = ("v3", "v2", "v1")  # tests.parity_v3 has IGNORED, tolerance, RMS, a Twin and check_math
+VERSIONS = ("v3_2025", "v3", "v2", "v1")  # tests.parity_v3 has IGNORED, tolerance, RMS, a Twin and check_math
 PARTS = r"_(steps|opt|gradparts|step|params)$"  # X_steps.npz and the like belong to fixture X
 
 
