@@ -292,7 +292,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int,
-                 latents: tuple[int, int] | None = None, writable: bool = True):
+                 writable: bool = True, latents: tuple[int, int] | None = None):
         """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
         the files are those of another environment or of other settings. `latents`: sizes of deter
         and stoch; None: windows have no context row."""

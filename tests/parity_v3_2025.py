@@ -27,7 +27,10 @@ RMS = False  # the scale of a gradient is its maximum
 
 
 def tolerance(fixture: Fixture) -> dict[str, float]:
-    return {"forward": 2e-5, "gradient": 1e-4, "parameter": 1e-5, "exact": 0.0}
+    """`tie`: gradients of the first convolutions from the second update on, where two pixels of a 2x2 maximum may
+    be so close that rounding decides. `momentum`: LaProp divides a gradient by its own size, so one that is
+    all but 0 and consists of rounding counts as much as any other."""
+    return {"forward": 2e-5, "gradient": 1e-4, "tie": 1e-3, "momentum": 1e-2, "parameter": 1e-5, "exact": 0.0}
 
 
 # ---------------------------------------------------------------------------------- an agent like theirs
@@ -306,12 +309,16 @@ class Twin(parity.Twin):
                     expected[path] = expected.get(path, 0) + self.fixture[prefix + path]
             if not expected:
                 continue
-            errors = {path: self.report.error(grad, expected.get(path, np.zeros(grad.shape)), "gradient")
-                      for path, grad in grads.items()}
             if missing := expected.keys() - grads.keys():
                 self.report.fail(prefixes[0], f"no gradient for {sorted(missing)}")
-            worst = max(errors, key=lambda path: np.nan_to_num(errors[path], nan=np.inf))
-            self.report.line(f"{'+'.join(prefixes)}* ({len(errors)} tensors, worst {worst})", errors[worst], "gradient")
+            zeros = {path: np.zeros(grad.shape) for path, grad in grads.items()}
+            self.check_worst("+".join(prefixes), grads, zeros | expected, "gradient")
+
+    def check_worst(self, name: str, found: dict, expected: dict, kind: str) -> None:
+        """A line for the worst of several tensors."""
+        errors = {path: self.report.error(value, expected[path], kind) for path, value in found.items()}
+        worst = max(errors, key=lambda path: np.nan_to_num(errors[path], nan=np.inf))
+        self.report.line(f"{name}* ({len(errors)} tensors, worst {worst})", errors[worst], kind)
 
     def probe(self, batch: d.Batch) -> dict[str, Tensor]:
         """What the world model computes on the way to its losses, asked of its modules: their names."""
@@ -421,9 +428,16 @@ class Twin(parity.Twin):
         """What the optimiser gets and does."""
         self.compare(f"step{n}/total_loss", call.all.loss)
         self.compare(f"step{n}/grad_norm", call.all.norm, "gradient")
-        if self.fixture.under(f"step{n}/grad/"):
+        if paths := self.fixture.under(prefix := f"step{n}/grad/"):
             found = self.in_their_layout(self.agent.optimizer.params, call.all.grads)
-            self.report.check_all(self.fixture, f"step{n}/grad/", found, "gradient")
+            if set(paths) != set(found):
+                self.report.fail(prefix, f"other names: {sorted(set(paths) ^ set(found))}")
+            expected = {path: self.fixture[prefix + path] for path in paths if path in found}
+            pooled = [path for path in expected if n > 1 and path.startswith("enc/cnn")]
+            rest = expected.keys() - pooled
+            for kind, chosen in (("tie", pooled), ("gradient", sorted(rest))):
+                if chosen:
+                    self.check_worst(prefix, {path: found[path] for path in chosen}, expected, kind)
         prefix = f"params_after{n}/"
         if self.fixture.under(prefix):
             params, scale = list(self.agent.parameters()), self.agent.return_scale.range
@@ -435,10 +449,10 @@ class Twin(parity.Twin):
     def check_optimizer(self, prefix: str) -> None:
         """LaProp's moments and counters after the last update."""
         optimizer = self.agent.optimizer
-        for key, ours in (("state/1/1/", optimizer.nu), ("state/2/1/", optimizer.mu)):
+        for key, ours, kind in (("state/1/1/", optimizer.nu, "tie"), ("state/2/1/", optimizer.mu, "momentum")):
             if self.fixture.under(prefix + key):
                 found = self.in_their_layout(optimizer.params, ours)
-                self.report.check_all(self.fixture, prefix + key, found, "gradient")
+                self.report.check_all(self.fixture, prefix + key, found, kind)
         for key in ("state/1/0", "state/2/0", "state/3/count", "step/value"):
             self.compare(prefix + key, optimizer.step, "exact")
 
