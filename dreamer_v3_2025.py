@@ -109,22 +109,10 @@ Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
 # ---------------------------------------------------------------------------------------- 1 imports
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-# `common` first: from then on, Ctrl-C during the imports is one line.
-from common.cli import RunArgs, check_lengths, check_numbers, fill, one_line_errors, parse
-from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, gather_ranks,
-                            on_device, use_bf16)
-from common.envs import EnvConfig, EnvSpec, default_action_repeat
-from common.files import UserError
-from common.maths import symexp, symlog
-from common.play import dream, evaluate, load_agent
-from common.rings import Rings
-from common.runs import Run
-from common.vector import Envs, EnvStep
 
 import numpy as np
 import torch
@@ -132,87 +120,92 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.cli import RunArgs, one_line_errors, parse
+from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, gather_ranks,
+                            on_device, use_bf16)
+from common.disk import UserError
+from common.envs import EnvConfig
+from common.maths import symexp, symlog
+from common.play import dream, evaluate, load_agent
+from common.rings import Rings
+from common.run import Run
+from common.spaces import EnvSpec
+from common.vector import Envs, EnvStep
+
 SCRIPT = Path(__file__).stem
 
 # ------------------------------------------------------------------------------------------- 2 Args
-TASKS = {}  # V1 and V2 have settings for each kind of actions; here one serves all
-SIZES = {  # those of the authors' code, by one width; XXS is ours, for laptops [R-18]
-    "XXS": dict(deter=256, hidden=64, units=128, classes=16, depth=8, stoch=16, bins=63,
-                batch_length=16, train_ratio=64.0, lr=4e-4, warmup=200, gamma=0.99, beta_pred=5.0),
-    "1M": dict(deter=512, hidden=64, units=64, classes=4, depth=4),
-    "12M": dict(deter=2048, hidden=256, units=256, classes=16, depth=16),
-    "25M": dict(deter=3072, hidden=384, units=384, classes=24, depth=24),
-    "50M": dict(deter=4096, hidden=512, units=512, classes=32, depth=32),
-    "100M": dict(deter=6144, hidden=768, units=768, classes=48, depth=48),
-    "200M": dict(deter=8192, hidden=1024, units=1024, classes=64, depth=64),
-    "400M": dict(deter=12288, hidden=1536, units=1536, classes=96, depth=96),
+TASKS = {  # what differs for a benchmark
+    "atari": dict(action_repeat=4), "control": dict(train_ratio=1024.0)}
+SIZES = {  # of the authors' code, by one width [R-18]; XXS is ours
+    "XXS": dict(
+        deter=256, hidden=64, depth=8, units=128, stoch=16, bins=63, batch_length=16,
+        train_ratio=64.0, lr=4e-4, warmup=200, gamma=0.99, beta_pred=5.0),
+    "1M": dict(deter=512, hidden=64, depth=4, units=64, classes=4),
+    "12M": {},
+    "25M": dict(deter=3072, hidden=384, depth=24, units=384, classes=24),
+    "50M": dict(deter=4096, hidden=512, depth=32, units=512, classes=32),
+    "100M": dict(deter=6144, hidden=768, depth=48, units=768, classes=48),
+    "200M": dict(deter=8192, hidden=1024, depth=64, units=1024, classes=64),
+    "400M": dict(deter=12288, hidden=1536, depth=96, units=1536, classes=96),
 }
-for preset in SIZES.values():
-    for name, value in dict(stoch=32, bins=255, batch_length=64, train_ratio=256.0, lr=4e-5, warmup=1000, gamma=1 - 1 / 333, beta_pred=1.0).items():
-        preset.setdefault(name, value)
 DEPTHS = 2, 3, 4, 4  # channels of the stages of encoder and decoder, times --depth [R-3]
 
 
 @dataclass(frozen=True)
-class Args(RunArgs):
-    """Every setting of the algorithm, beside those of any run. None: see the tables above."""
+class Settings:
+    """Every setting of the algorithm; a resume keeps all but the rates and the length."""
 
-    # The task (a resume keeps these)
     env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
-    num_envs: int = 1  # Environments, in processes of their own if several; per torchrun process
-    action_repeat: int | None = None  # Times that an action is repeated (None: 4 on Atari, else 1)
-    grayscale: bool = False  # Images in shades of grey
+    total_timesteps: int = 110_000  # Decisions of the agent; frames = these x action repeat
+    size: Literal["XXS", "1M", "12M", "25M", "50M", "100M", "200M", "400M"] = "12M"  # Preset; XXS is
+    # for laptops; paper, as far as we recall: 200M
+    num_envs: int = 1  # Environments, each in a process of its own; per torchrun process
+    action_repeat: int = 1  # Times that an action is repeated (Atari: 4)
     pixels: bool = False  # Observe the rendered picture instead of what the environment gives
     image_size: int = 64  # Images are resized to this height and width: a multiple of 16
+    grayscale: bool = False  # Images in shades of grey
+    sticky: float = 0.0  # Atari: chance that the last action is repeated
 
-    # The length
-    total_timesteps: int = 110_000  # Decisions of the agent; frames = these x action repeat
-
-    # The size (a resume keeps these)
-    size: Literal["XXS", "1M", "12M", "25M", "50M", "100M", "200M", "400M"] = "12M"  # Preset
-    bins: int | None = None  # Two-hot buckets, on [-20, 20] in symlog space
-    deter: int | None = None  # GRU recurrent units, size of h_t
-    blocks: int = 8  # Blocks of the GRU
-    hidden: int | None = None  # Hidden units inside the RSSM
-    depth: int | None = None  # CNN multiplier: half of the channels of the first stage
-    units: int | None = None  # Dense hidden units of the heads, and of vector en- and decoder
-    layers: int = 3  # MLP layers of actor, critic, and vector en- and decoder
-    head_layers: int = 1  # MLP layers of the reward and continue head
-    stoch: int | None = None  # Number of latents that make up z_t
-    classes: int | None = None  # Classes of each of them
-
-    # The training: replay (a resume keeps these)
-    train_ratio: float | None = None  # Replayed timesteps per collected one (paper, we recall: 128)
+    train_ratio: float = 256.0  # Replayed timesteps per collected one (paper, we recall: 128)
     batch_size: int = 16  # Sequences per batch, B
-    batch_length: int | None = None  # Timesteps per sequence, T
+    batch_length: int = 64  # Timesteps per sequence, T
     replay_context: Literal[0, 1] = 1  # 1: a window starts from stored latents; 0: from zeros
-    learning_starts: int = 1024  # Timesteps before the first update
+    learning_starts: int = 1024  # Windows of T timesteps that are collected first
     buffer_size: int = 5_000_000  # Replay capacity in timesteps, first in, first out
     pretrain: int = 1  # Updates that are made at once when training begins
 
-    # The training: optimiser
-    lr: float | None = None  # Learning rate of everything
-    warmup: int = None  # Updates in which it rises from 0
-    agc: float = 0.3  # Largest gradient of a parameter, as a share of its norm
-    beta1: float = 0.9  # LaProp: decay of the mean of the scaled gradients
+    bins: int = 255  # Two-hot buckets, on [-20, 20] in symlog space
+    deter: int = 2048  # GRU recurrent units, size of h_t
+    blocks: int = 8  # Blocks that these units form
+    hidden: int = 256  # Hidden units inside the RSSM
+    depth: int = 16  # CNN multiplier: half of the channels of the first stage
+    units: int = 256  # Dense hidden units of the heads, and of vector en- and decoder
+    layers: int = 3  # MLP layers of actor, critic, and vector en- and decoder
+    head_layers: int = 1  # MLP layers of reward and continue head
+    stoch: int = 32  # Number of latents that make up z_t
+    classes: int = 16  # Classes of each of them
+
+    lr: float = 4e-5  # Learning rate of everything
+    warmup: int = 1000  # Updates in which it rises from 0
+    agc: float = 0.3  # Largest gradient of a parameter, as a share of the parameter's norm
+    beta1: float = 0.9  # LaProp: decay of the mean of scaled gradients
     beta2: float = 0.999  # LaProp: decay of the mean of squares (paper, we recall: 0.99)
     eps: float = 1e-20  # LaProp epsilon
 
-    # The training: world model
     unimix: float = 0.01  # Share of the uniform distribution in latents
-    beta_pred: float | None = None  # Scale of image, vector, reward and continue loss
+    beta_pred: float = 1.0  # Scale of image, vector, reward and continue loss
     beta_dyn: float = 1.0  # Scale of the dynamics loss
     beta_rep: float = 0.1  # Scale of the representation loss
     free_bits: float = 1.0  # Nats below which a KL loss is not pushed any further
 
-    # The training: actor and critic
     imag_horizon: int = 15  # Imagination horizon, H
-    gamma: float | None = None  # Discount factor
+    gamma: float = 1 - 1 / 333  # Discount factor
     return_lambda: float = 0.95  # Return lambda
+    actor_entropy: float = 3e-4  # eta, scale of the entropy bonus
+    actor_unimix: float = 0.0  # Share of the uniform distribution (paper, we recall: 0.01)
     actor_min_std: float = 0.1  # Smallest deviation of a continuous action
     actor_max_std: float = 1.0  # Largest deviation of a continuous action
-    actor_unimix: float = 0.0  # Share of the uniform distribution (paper, we recall: 0.01)
-    actor_entropy: float = 3e-4  # eta, scale of the entropy bonus
     beta_replay: float = 0.3  # Scale of the critic's loss on replayed rewards
     critic_ema_decay: float = 0.98  # Decay of the slow critic
     critic_ema_regularizer: float = 1.0  # Scale of the loss towards the slow critic
@@ -221,28 +214,29 @@ class Args(RunArgs):
     return_norm_limit: float = 1.0  # L, smaller return ranges are not scaled up
     return_norm_decay: float = 0.99  # Decay of the return range
 
-    def __post_init__(self) -> None:
-        """Fill in what follows from --size and --env-id, then refuse what cannot work."""
-        fill(self, SIZES[self.size] | {"action_repeat": default_action_repeat(self.env_id)})
-        self.check()
 
-    def check(self) -> None:
-        """Raise `UserError`, one line, for a value that cannot work."""
-        check_numbers(self, may_be_zero={
-            "learning_starts", "pretrain", "return_lambda", "actor_entropy", "unimix", "beta_pred",
-            "beta_dyn", "beta_rep", "free_bits", "critic_ema_decay", "critic_ema_regularizer",
-            "return_norm_low", "return_norm_decay", "actor_unimix", "beta_replay", "beta1", "warmup", "replay_context"}, shares={
-            "unimix": 1, "critic_ema_decay": 1, "return_norm_decay": 1, "return_norm_low": 100,
-            "return_norm_high": 100, "gamma": 1, "return_lambda": 1, "actor_unimix": 1, "beta1": 1, "beta2": 1})
-        if self.actor_min_std > self.actor_max_std or self.return_norm_low > self.return_norm_high:
-            raise UserError("--actor-min-std and --return-norm-low must not exceed their maximum.")
-        if self.bins < 3 or self.bins % 2 == 0:
-            raise UserError(f"--bins is {self.bins}; use an odd number, with 0 in the middle.")
+@dataclass(frozen=True, init=False)
+class Args(RunArgs, Settings):
+    """Settings of the algorithm and of the run."""
+
+    def __init__(self, **flags):
+        """Defaults; over them what TASKS has for `env_id`, what SIZES has for `size`, and `flags`.
+
+        Raises `UserError`, one line, for a value that cannot work.
+        """
+        self.fill(TASKS, SIZES, flags)
+        self.check(may_be_zero={
+            "learning_starts", "pretrain", "replay_context", "warmup"}, shares={
+            "sticky", "unimix", "actor_unimix", "gamma", "return_lambda", "critic_ema_decay",
+            "return_norm_decay", "beta1", "beta2"})
+        if not self.return_norm_low <= self.return_norm_high <= 100:
+            raise UserError("--return-norm-low and -high are percentiles, the lower one first")
         if self.image_size % 16:
-            raise UserError(f"--image-size is {self.image_size}; use a multiple of 16.")
-        if self.deter % self.blocks or 4 * self.depth % self.blocks:
-            raise UserError("--deter and 4 x --depth must be multiples of --blocks.")
-        check_lengths(self)
+            raise UserError(f"--image-size is {self.image_size}; use 16, 32, 48, 64, 80, ...")
+        if min(self.bins, self.batch_length) < 2 or self.bins % 2 == 0:
+            raise UserError("--bins is odd and starts at 3, --batch-length starts at 2")
+        if self.deter % self.blocks or DEPTHS[-1] * self.depth % self.blocks:
+            raise UserError("--deter and 4 * --depth are multiples of --blocks")
 
     @property
     def stoch_dim(self) -> int:
@@ -258,8 +252,8 @@ class Args(RunArgs):
     def env_config(self) -> EnvConfig:
         """What it takes to build one environment."""
         return EnvConfig(self.env_id, self.image_size, self.grayscale, self.action_repeat,
-                         self.max_episode_steps, self.noop_max,
-                         render=self.capture_video, pixels=self.pixels)
+                         self.max_episode_steps, self.noop_max, self.sticky, self.pixels,
+                         self.env_seed, self.env_kwargs)
 
 
 # ---------------------------------------------------------------------------------- 3 replay buffer
@@ -292,7 +286,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int,
-                 writable: bool = True, latents: tuple[int, int] | None = None):
+                 latents: tuple[int, int] | None = None):
         """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
         the files are those of another environment or of other settings. `latents`: sizes of deter
         and stoch; None: windows have no context row."""
@@ -306,7 +300,7 @@ class ReplayBuffer:
         if latents:
             layout |= {"deter": (np.float16, (2, latents[0])), "stoch": (np.bool_, (2, latents[1])),
                        "stamp": (np.int64, (2,))}
-        self.rings = Rings(folder, layout, capacity, num_envs, writable)
+        self.rings = Rings(folder, layout, capacity, num_envs)
         self.rng = np.random.default_rng(seed)
         self.online = self.refreshed = self.kept = 0  # see `newest`, `refresh` and `state_dict`
 
@@ -1335,14 +1329,16 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
 
 # ------------------------------------------------------------------------------------- 11 main loop
 def first_update(args: Args, ranks: int) -> int:
-    """Timestep of the first update: --learning-starts, but each ring must hold a whole window."""
-    whole_windows = args.num_envs * ranks * (args.batch_length + args.replay_context)
-    return 1 if args.offline else max(args.learning_starts, whole_windows)
+    """Timestep of the first update, when --learning-starts windows, at least one, can be drawn."""
+    rows = args.batch_length + args.replay_context  # of a window
+    return max(1, args.learning_starts) + args.num_envs * ranks * (rows - 1)
 
 
 def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
-    """Updates to make now, so that from the first one on every timestep is replayed `train_ratio`
-    times on average, besides --pretrain. `done` were made before; `ranks` processes share the work.
+    """Number of updates to make now. `done` were made before; `ranks` processes share the work.
+
+    From the first update on, each collected timestep is replayed `train_ratio` times on average;
+    --pretrain updates come on top.
     """
     steps, replayed = step - first_update(args, ranks), args.batch_size * args.batch_length
     if steps < 0:
@@ -1350,22 +1346,19 @@ def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
     return args.pretrain + int(steps * args.train_ratio / replayed) - done
 
 
-def train(args: Args, run_dir: Path | None) -> None:
+def train(args: Args, run_dir: Path | None = None) -> None:
     """The whole run, or the rest of the one in `run_dir`."""
     with Run(SCRIPT, args, run_dir) as run:
-        envs = Envs(args.env_config, args.num_envs, run.seed, args.max_env_restarts,
-                    args.env_timeout, args.env_seed)
+        envs = Envs(replace(args.env_config, films=run.films), args.num_envs, run.seed)
         agent = Agent(args, envs.spec, run.device)
         latents = (args.deter, args.stoch_dim) if args.replay_context else None  # [R-15]
         replay = run.open_replay(partial(ReplayBuffer, latents=latents), envs.spec, args.capacity)
         feeder = Feeder(replay, run.device, args.batch_size // run.ranks, args.batch_length)
-        run.start(envs, agent, feeder, open_loop,
-                  planned=updates_due(args, args.total_timesteps, 0, run.ranks))
+        run.start(envs, agent, feeder, open_loop, first_update(args, run.ranks))
 
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
         while run.step < args.total_timesteps and not run.stopping():
-            state = agent.act(obs, state)  # act
-            action = state.action.cpu().numpy()
+            state = agent.act(obs, state)  # act [R-17]
             replay.add(obs, state)  # store
             run.step += args.num_envs * run.ranks
             due = updates_due(args, run.step, agent.updates, run.ranks) if feeder.ready() else 0
@@ -1375,19 +1368,19 @@ def train(args: Args, run_dir: Path | None) -> None:
                 feeder.prepare()  # draw the next batch while a GPU works on this one
                 replay.refresh(batch, deter, stoch)  # [R-15]
                 if run.stopping(metrics):
-                    break  # what is due stays due
+                    break
             run.log_and_save(obs, metrics)  # log
-            obs = envs.step(action)  # step
+            obs = envs.step(state.action.cpu().numpy())  # step
 
 
 def main() -> None:
     """Train, resume, evaluate or dream; a mistake of the user gets one line and exit status 1."""
     with one_line_errors():
-        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0], TASKS)
+        args, run_dir = parse(Args, SCRIPT, __doc__.partition("\n")[0])
         if args.evaluate:
-            evaluate(args, load_agent(Agent, args, run_dir, SCRIPT))
+            evaluate(args, load_agent(Agent, args, run_dir), run_dir)
         elif args.dream:
-            dream(args, run_dir, load_agent(Agent, args, run_dir, SCRIPT), open_loop, to_batch)
+            dream(args, load_agent(Agent, args, run_dir), run_dir, open_loop, to_batch)
         else:
             train(args, run_dir)
 
