@@ -1,32 +1,35 @@
-"""DreamerV3: mastering diverse domains through world models (arXiv 2301.04104v1), in one file.
+"""DreamerV3 as of 2025: the revised paper (arXiv 2301.04104v2, Nature 2025), in one file.
 
-    python dreamer_v3_2025.py --env-id MsPacmanNoFrameskip-v4      train (Atari-100k setting)
-    python dreamer_v3_2025.py --env-id CartPole-v1 --size XXS      any Gymnasium environment
-    python dreamer_v3_2025.py --resume RUN_DIR                     go on exactly where a run stopped
-    python dreamer_v3_2025.py --evaluate RUN_DIR                   play fresh episodes, print the returns
-    python dreamer_v3_2025.py --dream RUN_DIR                      happened | reconstructed | imagined
-    torchrun --nproc-per-node 2 dreamer_v3.py --env-id ...    several GPUs
+    python dreamer_v3_2025.py --env-id MsPacmanNoFrameskip-v4    train (Atari-100k setting, 12M)
+    python dreamer_v3_2025.py --env-id CartPole-v1 --size XXS    any Gymnasium environment
+    python dreamer_v3_2025.py --resume RUN_DIR                   go on exactly where a run stopped
+    python dreamer_v3_2025.py --evaluate RUN_DIR                 play episodes, print the returns
+    python dreamer_v3_2025.py --dream RUN_DIR                    happened | reconstructed | imagined
+    torchrun --nproc-per-node 2 dreamer_v3_2025.py --env-id ...  several GPUs
 
-The agent learns a *world model* from replayed sequences. An *actor* and a *critic* then learn from
-trajectories that they imagine in that model. One update (`Agent.train_step`):
+The agent learns a *world model* from replayed sequences. An *actor* and a *critic* learn at the
+same time from trajectories that they imagine in that model. One update (`Agent.train_step`):
 
-    batch                 <- B windows of T consecutive rows of the replay buffer
+    batch, context        <- B windows of T + 1 consecutive rows of the replay, the newest first
     embed                 <- encoder(image, vector)
-    deter, stoch          <- RSSM along time: posterior states, and the prior at each of them
-    world model           learns to predict image, vector, reward, end, and its own next posterior
+    deter, stoch          <- RSSM along time from the context row's latents: posteriors and priors
+    world model           loss: predict image, vector, reward, end, and its own next posterior
     feat, action          <- from each of the N = T * B posterior states, H steps of prior and actor
     reward, cont, value   <- heads and critic at the imagined states
     ret                   <- lambda-return, backwards along the imagined steps
-    actor                 learns what leads to a higher return
-    critic                learns to predict the return; a slow copy of it follows
+    actor                 loss: do what leads to a higher return
+    critic                loss: predict the return, the imagined one and the one along the replay
+    all of them           <- one step down the sum of these losses; then the slow critic follows
+    replay                <- deter, stoch, in the rows that they were inferred for
 
 One step of the RSSM. Training and acting take the posterior, imagination takes the prior:
 
-    h_{t-1} --------------------------.
-    z_{t-1} --.                       v
-    a_{t-1} --+--> img_in -------> [ GRU ] ------> h_t --+--> img_out --> prior     p(z_t | h_t)
-                                                         v
-    x_t ----------> encoder ------> embed -----------> obs_out ------> posterior q(z_t | h_t, x_t)
+    h_{t-1} --+-> deter_in --.    (block by block)
+              `--------------|-------.
+    z_{t-1} ----> stoch_in --+       v
+    a_{t-1} ----> action_in -+--> [ GRU ] ------> h_t --+--> img_out --> prior     p(z_t | h_t)
+                                                        v
+    x_t --------> encoder -------> embed -----------> obs_out ------> posterior q(z_t | h_t, x_t)
 
 Time alignment. A row of the replay buffer holds what is known when the action is chosen:
 
@@ -36,79 +39,89 @@ Time alignment. A row of the replay buffer holds what is known when the action i
     is_first         1        0        0            0              | 1
     is_terminal      0        0        0            terminated?    | 0        not at a time limit
     action           a0       a1       a2           zeros          | a0'      chosen AT x_t
+    latents          h0 z0    h1 z1    h2 z2        hn zn          | h0' z0'  inferred last [R-15]
 
     replay      (h,z)_{t-1}, a_{t-1} -> h_t;   h_t -> prior p(z_t|h_t);   h_t, x_t -> posterior
-                where is_first: (h,z)_{t-1} := the initial state, a_{t-1} := 0
-                world-model loss: [t=0 ... t=T-1], every replayed step
+                where is_first: (h,z)_{t-1} := 0, a_{t-1} := 0
+                a window: t=-1, the context row, gives its stored h, z and a; no loss
+                world-model loss: [t=0 ... t=T-1], every other row
     imagine     s_0 = a posterior state;   a_t ~ actor(s_t), s_{t+1} ~ prior       t = 0 ... H-1
                 critic    [v_0 ... v_{H-1}]   v_H only bootstraps: R_H = v_H
-                rewards   r_1 ... r_H  and  c_1 ... c_H  from the states 1 ... H
+                rewards   r_1 ... r_H  and  c_0 ... c_H, in which gamma is, from the states
                 actor     [a_0 ... a_{H-1}]   each judged by R_t, the return of its own state
-                weights   w_t = gamma^t c_0 c_1 ... c_t     with c_0 the recorded 1 - is_terminal
-                target    R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})
+                weights   w_t = c_0 c_1 ... c_t
+                target    R_t = r_{t+1} + c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})
+    replay      critic    [v_0 ... v_{T-2}]   not where an episode is cut off; R^imag_t: R_0 above
+                target    R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) R^imag_{t+1} + lambda R_{t+1})
+    windows     | 0 ... T | T+1 ... 2T+1 | ...   rows of an environment; each such window is used
+                once, when it is complete, and in order; the rest of a batch starts anywhere
 
 Symbols (paper -> code), and the sizes that the shape comments name, time-major
     x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
     a_t  action           r_t  reward   c_t  cont     R^lambda_t  ret      v_t  value
     gamma  args.gamma     lambda  args.return_lambda        eta  args.actor_entropy
-    sg()  .detach()       q(z|h,x)  post       p(z|h)  prior
+    v'_t  slow_value      sg()  .detach()    q(z|h,x)  post    p(z|h)  prior
     Dimension key
-    T  replay time, 64     B  batch, 16     N = T * B  imagination starts, 1024     (size S, Atari)
+    T  replay time, 64     B  batch, 16     N = T * B  imagination starts, 1024   (size 12M, Atari)
     H  imagination horizon, 15     H1  H + 1     A  action, 9     P  environments, 1
-    E  embedding, 4096     D  deterministic state, 512     S, K  latents and classes, 32 each
-    Z = S * K  stochastic state, 1024     F = D + Z  feature, 1536     U  hidden units, 512
-    L  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3
-    Equations of the paper: 1 vectors in world_model_loss; 2 symlog, symexp in common/maths.py;
-    3 RSSM, WorldModel; 4, 5 world_model_loss; 6 Actor, Critic; 7 lambda_return; 8 TwoHot.mean;
-    9 TwoHot.log_prob; 10 critic_loss; 11 actor_loss; 12 ReturnScale
+    E  embedding, 1024     D  deterministic state, 2048     S, K  latents and classes, 32 16
+    Z = S * K  stochastic state, 512     F = D + Z  feature, 2560     U  hidden units, 256
+    M  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3
+    Equations have the numbers of version 1 of the paper ("Eq. 7"), as in dreamer_v3.py.
 
-What changed since DreamerV2 (each tag stands where the change happens), and what it is good for.
-From the paper:
-    [V3-1]  symlog squashes vector inputs and targets, rewards and returns, Eq. 1-2. Else large
-            numbers drown the other losses; V2 squashed rewards by tanh, which hides large rewards.
-    [V3-2]  KL as dynamics (0.5) and representation (0.1) loss, free bits of 1 nat for each state,
-            Eq. 5. V2 needed another KL scale for each domain; without free bits codes collapse.
-    [V3-3]  1% uniform mixture in latents and discrete policy: no KL or log-probability explodes.
-    [V3-4]  reward head and critic predict a two-hot distribution over 255 symlog buckets, Eq. 8-10.
-            A squared error follows rare large returns too slowly, or diverges.
-    [V3-5]  returns are divided by their 5-95 percentile range, if above 1, Eq. 11-12. Without it
-            the entropy scale must be tuned to the size of each task's rewards.
-    [V3-6]  targets come from the critic itself (and so does the baseline: code); its slow copy, an
-            average, regularises it. V2 took both from a copy that is up to 100 updates old.
-    [V3-7]  the continue head, in every domain, predicts whether the episode goes on: its target has
-            no gamma in it.
-    [V3-8]  SiLU and LayerNorm everywhere (no bias before a norm: code): one rate for all sizes.
-    [V3-9]  the output layers of reward head and critic start at zero. Random first returns would
-            teach the actor nonsense.
-    [V3-10] no weight decay, other rates and clips (Adam's textbook epsilon: code).
-    One setting for all domains (V2: TASKS).
-From the authors' code only:
-    [V3-11] learned initial state (V2: zeros).
-    [V3-12] convolutions with kernels of 4x4 (paper: 3x3) and "same" padding, down to an image of
-            4x4 pixels; initialisers.
-    [V3-13] squared errors of image and vector without the factor 1/2 of a normal distribution.
-    [V3-14] H terms in the actor's loss: an action is judged by the return of the state where it is
-            chosen (V2: H - 1, by that of the state it leads to); terminal starts weigh zero.
-    [V3-15] continuous actions from a normal (V2: truncated), clipped for model and environment.
-Tags [V1-n] and [V2-n] are explained in dreamer_v1.py and dreamer_v2.py.
+What changed since DreamerV3 of 2023 (each tag stands where the change happens), and what it is good
+for. We had the authors' code but not the text of the revised paper at hand: "paper" below means as
+far as we recall it.
+    [R-1]   recurrence: h, z and a are embedded first; the GRU's units form 8 blocks. Eight times
+            the units of a dense GRU for the same products, so more memory.
+    [R-2]   RMSNorm for LayerNorm, with biases before it: one pass less over the numbers.
+    [R-3]   image: convolutions of 5x5, then the maximum of 2x2 pixels, or the reverse. Strided ones
+            treat pixels unlike their neighbours. The paper has strided ones; the code has a switch.
+    [R-4]   decoder: h (by blocks) and z have paths of their own; a sigmoid keeps pixels in range.
+    [R-5]   two-hot buckets are the numbers themselves, symexp(-20 ... 20), and the mean is taken
+            there. A mean in symlog space is too low where returns are random.
+    [R-6]   sequences begin with a zero state (2023: learned).
+    [R-7]   dynamics loss with scale 1 (2023: 0.5).
+    [R-8]   the continue head's target has gamma in it again (as in V2), imagination takes its
+            probability, also at the start (2023: likelier value; recorded at the start).
+    [R-9]   REINFORCE for continuous actions, too: one estimator, and no gradient in imagination.
+    [R-10]  actor: outputs start small, so it starts close to uniform. No uniform share in the
+            discrete policy: the paper has 1%, and so has the code's config, but nothing reads it.
+    [R-11]  the critic also learns along the replay, from real rewards, and this gradient reaches
+            the world model: latents keep what values need, even if pictures do not show it.
+    [R-12]  the slow critic starts as a copy of the critic (2023: after the first update).
+    [R-13]  one loss, one optimiser, one rate: imagination runs in the model before its step.
+    [R-14]  LaProp, gradients clipped to 0.3 of each tensor's norm, 1000 updates of warm-up: no
+            clip to tune for each loss, no overshooting. Paper: beta2 0.99, code 0.999.
+    [R-15]  replay rows hold latents; a window starts from those of the row before it; fresh ones
+            are written back. 2023: windows start blind, with zeros, in the middle of an episode.
+    [R-16]  the newest windows are replayed first, each once: nothing waits for its first use.
+    [R-17]  the untrained policy acts first (2023: random actions); it is close to uniform.
+    [R-18]  sizes by one width. Default 12M, as in the code's Atari-100k runs (paper: 200M).
+            Replay ratio 256 is the code's (paper: 128).
+    [R-19]  initialisers: truncated normal, variance 1 / fan in (2023: mean of both fans, uniform).
+From 2023 on: 1% uniform mixture, free bits, symlog, percentile scale. Tags [V1-n], [V2-n], [V3-n]
+are explained in the script of that version.
 
-Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
+Deviation (from the authors' code, danijar/dreamerv3 e3f0224 of May 2026)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
-    * bfloat16 is the default where the hardware supports it, from 256 --units on. Their Atari-100k
-      setting computes in float32 (`--amp off`), others in float16 with loss scaling. State and
-      acting stay in float32.
-    * We do not draw the prior sample that their replay loop draws and never uses.
-    * log1p(|x|) for ln(|x| + 1), torch's variance for E[x^2] - E[x]^2 in LayerNorm: less rounding.
-    * The first update is due at --learning-starts (theirs: once B * T windows can be sampled).
-    * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action.
-    * --size XXS is ours, for laptops; few of its numbers are the paper's. Two of its choices are
-      those of their code of 2024: REINFORCE for continuous actions, too, and imagined steps weighed
-      by the probability that the episode goes on (--cont-mean).
+    * bfloat16 is the default where the hardware supports it, from 256 --units on; theirs computes
+      all in it. State and acting stay in float32; stored h in float16, finer than theirs.
+    * Latents are written back after the update (theirs: one update later), and the weights that act
+      are the newest (theirs: one step old).
+    * Several vectors are one to us, so their output layers are clipped as one. Where pixels of a
+      maximum tie, one gets the gradient (theirs: shared). Integers stay as V3 takes them (theirs:
+      one-hot).
+    * Atari starts with 1 to 30 no-ops (theirs: 0 to 30).
+    * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action. It
+      is a command of its own (theirs evaluates while it trains).
+    * --size XXS is ours, for laptops.
 """
 
 # ---------------------------------------------------------------------------------------- 1 imports
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -158,8 +171,7 @@ class Settings:
 
     env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
     total_timesteps: int = 110_000  # Decisions of the agent; frames = these x action repeat
-    size: Literal["XXS", "1M", "12M", "25M", "50M", "100M", "200M", "400M"] = "12M"  # Preset; XXS is
-    # for laptops; paper, as far as we recall: 200M
+    size: Literal[tuple(SIZES)] = "12M"  # Preset; XXS is for laptops (paper, we recall: 200M)
     num_envs: int = 1  # Environments, each in a process of its own; per torchrun process
     action_repeat: int = 1  # Times that an action is repeated (Atari: 4)
     pixels: bool = False  # Observe the rendered picture instead of what the environment gives
@@ -211,7 +223,7 @@ class Settings:
     critic_ema_regularizer: float = 1.0  # Scale of the loss towards the slow critic
     return_norm_low: float = 5.0  # Lower end of the return range, a percentile
     return_norm_high: float = 95.0  # Upper end of the return range, a percentile
-    return_norm_limit: float = 1.0  # L, smaller return ranges are not scaled up
+    return_norm_limit: float = 1.0  # Smaller return ranges are not scaled up
     return_norm_decay: float = 0.99  # Decay of the return range
 
 
@@ -267,9 +279,9 @@ class Batch(NamedTuple):
     is_first: Tensor  # (T, B) bool
     is_terminal: Tensor  # (T, B) bool
     # The context row, before the first one [R-15]; None: the state there is zero
-    deter: Tensor | None = None  # (B, D) float32, as an update or acting last inferred it
-    stoch: Tensor | None = None  # (B, Z) float32
-    prev_action: Tensor | None = None  # (B, A) float32, chosen there
+    deter: Tensor | None = None  # (1, B, D) float32, as an update or acting last inferred it
+    stoch: Tensor | None = None  # (1, B, Z) float32
+    prev_action: Tensor | None = None  # (1, B, A) float32, chosen there
     place: Tensor | None = None  # (2, B) environment and number of the first row
 
 
@@ -287,9 +299,8 @@ class ReplayBuffer:
 
     def __init__(self, folder: Path, spec: EnvSpec, capacity: int, num_envs: int, seed: int,
                  latents: tuple[int, int] | None = None):
-        """Open the rings in `folder`, or make them. Raises `UserError` if the disk is full or if
-        the files are those of another environment or of other settings. `latents`: sizes of deter
-        and stoch; None: windows have no context row."""
+        """Open the rings in `folder`, or make them. `UserError`: a full disk, or others' files.
+        `latents`: sizes of deter and stoch; None: windows have no context row."""
         layout = {"action": (np.float32, (spec.action_dim,)), "reward": (np.float32, ()),
                   "is_first": (np.bool_, ()), "is_terminal": (np.bool_, ())}
         if spec.image_shape:
@@ -308,11 +319,12 @@ class ReplayBuffer:
         """Number of valid starts of a window of `length` rows in one ring."""
         return max(0, self.rings.count - self.rings.oldest - length - self.context + 1)
 
-    def add(self, obs: EnvStep, state: "State") -> None:
-        """Append one row per environment: `obs`, what was inferred and the action chosen at it."""
-        deter, stoch, action = (tensor.cpu().numpy() for tensor in state)
-        self.rings.append(obs._asdict() | {
-            "action": action, "deter": deter[:, None], "stoch": stoch[:, None], "stamp": 0})
+    def add(self, obs: EnvStep, action: np.ndarray, state: "State | None" = None) -> None:
+        """Append one row per environment: `obs`, the action (P, A) chosen at it, its latents."""
+        row = obs._asdict() | {"action": action, "stamp": 0}
+        if self.context:
+            row |= {"deter": state.deter[:, None].cpu(), "stoch": state.stoch[:, None].cpu()}
+        self.rings.append(row)
 
     def sample(self, batch_size: int, length: int, rng: np.random.Generator) -> Batch:
         """Draw windows as a time-major `Batch` on the CPU: the newest, then uniformly. [R-16]"""
@@ -327,12 +339,12 @@ class ReplayBuffer:
         if not self.context:
             rows["is_first"][0] = True  # the state before a window is unknown: start it afresh
             return to_batch(rows)
-        batch = to_batch({name: array[1:] for name, array in rows.items()})
-        latest = self.rings.files["stamp"][env, slots[0]].argmax(-1)
-        deter, stoch = (torch.from_numpy(self.rings.files[name][env, slots[0], latest]).float()
+        latest = self.rings.files["stamp"][env, slots[:1]].argmax(-1)
+        deter, stoch = (torch.from_numpy(self.rings.files[name][env, slots[:1], latest]).float()
                         for name in ("deter", "stoch"))
-        return batch._replace(deter=deter, stoch=stoch, place=torch.from_numpy(np.stack([env, start])),
-                              prev_action=torch.from_numpy(rows["action"][0]))
+        batch = to_batch({name: array[1:] for name, array in rows.items()})
+        return batch._replace(deter=deter, stoch=stoch, place=torch.from_numpy(
+            np.stack([env, start])), prev_action=torch.from_numpy(rows["action"][:1]))
 
     def newest(self, batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Environments and first rows of up to `batch_size` windows that are due for the first
@@ -456,7 +468,9 @@ class OneHot:
         """Straight-through sample (..., K): forward one-hot, backward the gradient of `probs`."""
         index = draw_classes(self.probs.detach())
         onehot = torch.zeros_like(self.probs).scatter_(-1, index[..., None], 1)
-        return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
+        if not self.probs.requires_grad:
+            return onehot
+        return onehot + (self.probs - self.probs.detach())
 
     def mode(self) -> Tensor:
         """The most likely class as one-hot (..., K), without gradient."""
@@ -496,7 +510,7 @@ class Latent(OneHot):
 
     def detach(self) -> "Latent":
         """The same distribution, without gradient."""
-        twin = object.__new__(Latent)  # without computing the softmax again
+        twin = object.__new__(Latent)  # __init__ would compute the softmax again
         twin.probs, twin.logits = self.probs.detach(), self.logits.detach()
         return twin
 
@@ -521,11 +535,12 @@ class TwoHot:
     """Distribution of a number over buckets that are evenly spaced in symlog space. [V3-4]"""
 
     def __init__(self, logits: Tensor):
-        """`logits` (..., L), one for each bucket between symlog values -20 and 20; L is odd."""
+        """`logits` (..., M), one for each bucket between symlog values -20 and 20; M is odd."""
         self.logits = logits
-        self.positive = symexp(torch.linspace(  # -b_i without rounding: one half mirrors the other
-            20, 0, logits.shape[-1] // 2 + 1, device=logits.device)[:-1].flip(0))
-        self.buckets = torch.cat([-self.positive.flip(0), self.positive.new_zeros(1), self.positive])
+        half = logits.shape[-1] // 2
+        low = symexp(torch.linspace(-20, 0, half + 1, device=logits.device))
+        self.positive = -low[:-1].flip(0)  # exact mirror images
+        self.buckets = torch.cat([low, self.positive])
 
     @cached_property
     def normaliser(self) -> Tensor:
@@ -538,15 +553,15 @@ class TwoHot:
         Each bucket and its mirror image are added first: with huge buckets on both sides, p_i b_i
         one by one would round, and equal logits would not give exactly 0.
         """
-        below, _, above = self.logits.softmax(-1).tensor_split([len(self.positive),
-                                                                len(self.positive) + 1], -1)
-        return ((above - below.flip(-1)) * self.positive).sum(-1)
+        half, probs = len(self.positive), self.logits.softmax(-1)
+        return ((probs[..., half + 1:] - probs[..., :half].flip(-1)) * self.positive).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """sum_i twohot(value)_i ln p_i (...), without symlog. [R-5]
 
         The weight is split between the two neighbouring buckets, more for the nearer one; a value
-        out of range puts all of it on the end bucket.
+        out of range puts all of it on the end bucket. Both weights sum to 1, so the normaliser of
+        ln p_i = logits_i - normaliser is subtracted once.
         """
         last = len(self.buckets) - 1
         target = value.clamp(self.buckets[0], self.buckets[last])
@@ -565,9 +580,8 @@ class TwoHot:
 def within_unit(action: Tensor) -> Tensor:
     """a / max(1, |a|): the value of clipping to [-1, 1], with gradient 1 / max(1, |a|). [V3-15]
 
-    From the authors' code: the environment clips actions, the replay holds them as they were drawn,
-    so the model must clip, too. A plain clip has no gradient outside of the bounds and could never
-    bring the actor back.
+    From the authors' code: the environment clips actions, the replay holds them as drawn, so the
+    model must clip, too. A plain clip has no gradient outside of the bounds to bring them back.
     """
     return action / action.detach().abs().clamp(min=1)
 
@@ -600,7 +614,7 @@ class Linear(nn.Linear):
     """Linear layer with the initialisation of the authors' code."""
 
     def reset_parameters(self) -> None:
-        """Initialise; `nn.Linear.__init__` calls this."""
+        """Called by `nn.Linear.__init__`."""
         init_weights(self, self.in_features)
 
 
@@ -621,11 +635,11 @@ class Dense(Linear):
 
 
 class SplitDense(Dense):
-    """Dense layer of a concatenation: its product is a sum of two, W [a, b] = W_a a + W_b b.
+    """Dense layer of a concatenation: silu(norm(W [a, b])) = silu(norm(W_a a + W_b b)).
 
     Where b is known for all timesteps in advance, `project` computes W_b b for all of them at once,
-    and only W_a a is left for the loop. Two parameters, since the gradient of a slice of one would
-    be padded with zeros at every step of the loop.
+    and only W_a a is left for the loop. W_a and W_b are two parameters because the gradient of a
+    slice of one would be padded with zeros at every step of the loop.
     """
 
     def __init__(self, inputs_a: int, inputs_b: int, outputs: int):
@@ -706,13 +720,10 @@ class Head(nn.Module):
 
 
 class ChannelNorm(Norm):
-    """Norm over the channels of an image batch, at each pixel for itself. [V3-8]
-
-    The images are channels-last in memory, so both permutations are free.
-    """
+    """Norm over the channels of an image batch, at each pixel for itself. [V3-8]"""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, c, h, w) -> the same shape and type; the norm itself is in float32."""
+        """(n, c, h, w), channels-last in memory, so that permutations are free -> the same."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -723,7 +734,7 @@ class Conv(nn.Conv2d):
         super().__init__(inputs, outputs, 5, padding=2)
 
     def reset_parameters(self) -> None:
-        """Initialise; `nn.Conv2d.__init__` calls this."""
+        """Called by `nn.Conv2d.__init__`."""
         init_weights(self, 25 * self.in_channels)
 
 
@@ -842,8 +853,8 @@ class BlockGRUCell(nn.Module):
         self.gates = BlockLinear(units, 3 * units, blocks)
 
     def forward(self, x: Tensor, action_in: Tensor, deter: Tensor) -> Tensor:
-        """x, W_a a (B, D), and h_{t-1} (B, D) -> h_t (B, D), in float32."""
-        y = F.silu(self.norm(self.hidden(deter, x, action_in)))  # (B, D)
+        """x (..., 2U), W_a a (..., D) and h_{t-1} (..., D) -> h_t (..., D), in float32."""
+        y = F.silu(self.norm(self.hidden(deter, x, action_in)))  # (..., D)
         parts = self.gates(y).float().unflatten(-1, (len(self.gates.weight), 3, -1))
         reset, cand, update = (part.flatten(-2) for part in parts.unbind(-2))
         # The -1 makes the state change slowly at first.
@@ -851,7 +862,7 @@ class BlockGRUCell(nn.Module):
 
 
 class RSSM(nn.Module):
-    """Recurrent state-space model: the recurrence, the prior and the posterior.
+    """Recurrent state-space model: the recurrence, the prior and the posterior. Eq. 3
 
     The authors' names: `img_` is imagination, not image; `obs_` sees the observation, too.
     """
@@ -872,8 +883,8 @@ class RSSM(nn.Module):
         return self.gru.hidden.project(self.action_in(within_unit(action)))  # [V3-15]
 
     def recur(self, deter: Tensor, stoch: Tensor, action_in: Tensor) -> Tensor:
-        """h_{t-1} (B, D), z_{t-1} (B, Z) and `project_action` of a_{t-1} -> h_t (B, D)."""
-        x = torch.cat([self.deter_in(deter), self.stoch_in(stoch)], -1)  # (B, 2U)
+        """h_{t-1} (..., D), z_{t-1} (..., Z) and what `project_action` gives -> h_t (..., D)."""
+        x = torch.cat([self.deter_in(deter), self.stoch_in(stoch)], -1)  # (..., 2U)
         return self.gru(x, action_in, deter)
 
     def latent(self, raw: Tensor) -> Latent:
@@ -917,7 +928,7 @@ class RSSM(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward and continue head: what the world-model loss trains."""
+    """Encoder, RSSM, decoder, reward and continue head: what the world-model loss trains. Eq. 3"""
 
     def __init__(self, args: Args, spec: EnvSpec):
         super().__init__()
@@ -940,7 +951,7 @@ class WorldModel(nn.Module):
 
 # ------------------------------------------------------------------------------- 7 actor and critic
 class Actor(nn.Module):
-    """Feature -> policy pi(a_t | s_t)."""
+    """Feature -> policy pi(a_t | s_t), Eq. 6."""
 
     def __init__(self, args: Args, spec: EnvSpec, feat_dim: int):
         super().__init__()
@@ -970,7 +981,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Feature -> distribution of the return from there."""
+    """Feature -> distribution of the return from there, Eq. 6."""
 
     def __init__(self, args: Args, feat_dim: int):
         super().__init__()
@@ -983,7 +994,7 @@ class Critic(nn.Module):
 
 
 class ReturnScale(nn.Module):
-    """S, a moving average of the range of returns between two percentiles, Eq. 12. [V3-5]"""
+    """A moving average of the range of returns between two percentiles, Eq. 12. [V3-5]"""
 
     def __init__(self, args: Args):
         super().__init__()
@@ -994,7 +1005,7 @@ class ReturnScale(nn.Module):
 
     @torch.no_grad()
     def update(self, ret: Tensor) -> Tensor:
-        """Take in returns (H, N) of any scale; give the divisor max(1, S) as a scalar."""
+        """Take in returns (H, N) of any scale; give the divisor max(1, range) as a scalar."""
         now = torch.quantile(gather_ranks(ret.flatten()), self.percentiles)
         self.range.lerp_(now, 1 - self.decay)
         return (self.range[1] - self.range[0]).clamp(min=self.limit)
@@ -1058,13 +1069,12 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
 
 
 def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_: float) -> Tensor:
-    """Lambda-returns of imagined trajectories, one per step, (H, N) or one step less.
+    """Lambda-returns of imagined trajectories, one per step: (H, N), or (G, N) in V1.
 
         R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
-        R_H = next_value_{H-1}                      after the last step the critic bootstraps
 
-    All arguments have the shape of the result and are aligned: what follows from step t stands at
-    index t.
+    After the last step the critic bootstraps: there R_{t+1} is next_value_t. All arguments have the
+    shape of the result and are aligned: what follows from step t stands at index t.
     """
     target = reward + discount * (1 - lambda_) * next_value
     returns, last = [], next_value[-1]
@@ -1078,8 +1088,9 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
                scale: Tensor, weight: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Loss of the actor as a scalar, and the policy's entropy (H, N). Eq. 11, with
         REINFORCE   L = -mean w_t ( ln pi(a_t|s_t) sg(A_t) + eta H[pi(.|s_t)] )      [R-9]
-    and A_t = (R_t - v_t) / max(1, S). Weights w_t and baseline v_t are in the authors' code only.
-    `ret`, `baseline` and `weight` are (H, N).
+    and A_t = (R_t - v_t) / max(1, range), where the paper writes S for the range of the returns.
+    Weights w_t and baseline v_t are in the authors' code only. `ret`, `baseline` and `weight` are
+    (H, N).
     """
     advantage = (ret - baseline) / scale  # (H, N) [V1-2] [V3-5]
     objective = policy.log_prob(action) * advantage  # (H, N)
@@ -1090,9 +1101,8 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
 def critic_loss(value_dist: TwoHot, ret: Tensor, slow_value: Tensor, weight: Tensor,
                 args: Args) -> Tensor:
     """Loss of the critic as a scalar, Eq. 10, and the pull towards its slow copy. [V3-6]
-        L = -mean w_t ( ln p(R_t|s_t) + rho ln p(v'_t|s_t) )     v' the mean of the slow critic,
-                                                                 rho = args.critic_ema_regularizer
-    The weights w_t are in the authors' code only. All tensors are (H, N).
+        L = -mean w_t ( ln p(R_t|s_t) + regularizer ln p(v'_t|s_t) )
+    v' is the mean of the slow critic. Only the authors' code has the weights w_t. All are (H, N).
     """
     log_prob = value_dist.log_prob(ret.detach())  # (H, N)
     log_prob_slow = value_dist.log_prob(slow_value)  # (H, N)
@@ -1119,8 +1129,8 @@ class Optimizer:
     """LaProp, on gradients that are clipped to a share of each parameter's own norm. [R-14]
 
         nu <- beta2 nu + (1 - beta2) g^2;   mu <- beta1 mu + (1 - beta1) g / sqrt(nu)
-    Both without bias. Adam would smooth g before it divides, so that after a sudden large gradient
-    the old small nu divides what is left of it, again and again.
+    Each gradient is divided by the size that gradients had at its time (both means without their
+    bias). Adam takes the mean first, so a step mixes gradients of one time with sizes of another.
     """
 
     def __init__(self, module: nn.Module, args: Args):
@@ -1135,7 +1145,7 @@ class Optimizer:
         self.beta1, self.beta2, self.eps = args.beta1, args.beta2, args.eps
 
     def grads(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of a scalar loss."""
+        """Gradients of a scalar loss for these parameters."""
         grads = torch.autograd.grad(loss, self.params)
         average_over_ranks(grads)
         return grads
@@ -1160,10 +1170,11 @@ class Optimizer:
     def norms(self, values: tuple[Tensor, ...]) -> Tensor:
         """For each of `values`, the norm of the whole tensor that it belongs to."""
         squares = torch.stack(torch._foreach_norm(values)).square()
-        return torch.zeros_like(squares).index_add_(0, self.tensor_of, squares)[self.tensor_of].sqrt()
+        sums = torch.zeros_like(squares).index_add_(0, self.tensor_of, squares)
+        return sums[self.tensor_of].sqrt()
 
     def state_dict(self) -> dict:
-        """LaProp's moments and counter, without the learning rate."""
+        """LaProp's moments and counter."""
         return {"step": self.step, "nu": self.nu, "mu": self.mu}
 
     def load_state_dict(self, state: dict) -> None:
@@ -1212,7 +1223,7 @@ class Agent(nn.Module):
         # World model
         with self.autocast():
             losses, deter, stoch, metrics = world_model_loss(model, batch, self.carry(batch), args)
-            replay_value_dist = self.critic(torch.cat([deter, stoch], -1))  # (T, B) [R-11]
+            replay_value_dist = self.critic(torch.cat([deter, stoch], -1))  # [R-11]
 
         # Imagination, from every posterior state
         with self.autocast():
@@ -1250,7 +1261,7 @@ class Agent(nn.Module):
         """The state before row 0 of the windows. [R-15]"""
         if batch.deter is None:
             return self.zero_state(batch.reward.shape[1])
-        return State(batch.deter, batch.stoch, batch.prev_action)
+        return State(batch.deter[0], batch.stoch[0], batch.prev_action[0])
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:
@@ -1292,18 +1303,26 @@ class Agent(nn.Module):
 
 
 # -------------------------------------------------------------------------------------- 10 dreaming
+def decode(model: WorldModel, feat: Tensor) -> Tensor:
+    """(T, B, F) -> images (T, B, I, I, C) uint8, or vectors (T, B, V) where there are no images."""
+    if not hasattr(model.decoder, "cnn"):
+        return symexp(model.decoder.vector(feat))
+    return ((model.decoder.image(feat) + 0.5).clamp(0, 1) * 255).round().byte()
+
+
 @torch.no_grad()
-def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]:
+def open_loop(agent: Agent, batch: Batch, context: int,
+              choose: Callable | None = None) -> dict[str, np.ndarray]:
     """What happened, what the model reconstructs, and what it imagines, for the first sequence.
 
-    The model infers its state from the first `context` observations of `batch` (T, B, ...); from
-    there on it is given the recorded actions and nothing else, up to the end of that episode.
-    Videos (T, I, I, C) uint8, or vectors (T, V) float32 for environments without images.
+    The model infers its state from the first `context` observations of `batch` (T, B, ...). From
+    there on it is given the recorded actions and nothing else, up to the end of that episode; or,
+    with B = 1, what `choose(picture, action)` makes of the imagined picture and the agent's own
+    action; None ends it. Videos (T, I, I, C) uint8, or vectors (T, V) float32.
     """
     ends = batch.is_first[context:, 0].nonzero()
     length = context + int(ends[0]) if len(ends) else len(batch.reward)
-    batch = Batch(*(x if x is None else on_device(x[:length], agent.device) for x in batch[:6]),
-                  *(x if x is None else on_device(x, agent.device) for x in batch[6:]))
+    batch = Batch(*(x if x is None else on_device(x[:length], agent.device) for x in batch))
     model, carry = agent.world_model, agent.carry(batch)
     replay_deter, replay_stoch, _ = model.rssm.observe(
         model.encoder(centre(batch.image), batch.vector), previous_actions(batch, carry.action),
@@ -1313,18 +1332,19 @@ def open_loop(agent: Agent, batch: Batch, context: int) -> dict[str, np.ndarray]
     imag_deter, imag_stoch = replay_deter[context - 1], replay_stoch[context - 1]
     imag_feat = [*feat[:context]]
     for action in batch.action[context - 1:-1]:
+        if choose:
+            own = agent.actor.policy(agent.actor(imag_feat[-1])).sample()
+            action = choose(decode(model, imag_feat[-1][None])[0, 0].cpu().numpy(), own)
+            if action is None:
+                break
         imag_deter, imag_stoch = model.rssm.img_step(imag_deter, imag_stoch, action)
         imag_feat.append(torch.cat([imag_deter, imag_stoch], -1))
 
-    feats = torch.stack([feat[:, 0], torch.stack(imag_feat)[:, 0]], 1)  # (T, 2, F)
-    if batch.image is None:
-        vectors = symexp(model.decoder.vector(feats))  # (T, 2, V)
-        series = torch.cat([batch.vector[:, :1], vectors], 1)
-    else:
-        pixels = ((model.decoder.image(feats) + 0.5).clamp(0, 1) * 255).round().byte()
-        series = torch.cat([batch.image[:, :1], pixels], 1)
+    seen = torch.stack(imag_feat)  # (T, B, F)
+    truth = batch.vector if batch.image is None else batch.image
+    series = (truth, decode(model, feat), decode(model, seen))
     names = ["what happened", "reconstruction", "imagination"]
-    return dict(zip(names, series.transpose(0, 1).cpu().numpy()))
+    return {name: one[:len(seen), 0].cpu().numpy() for name, one in zip(names, series)}
 
 
 # ------------------------------------------------------------------------------------- 11 main loop
@@ -1335,10 +1355,9 @@ def first_update(args: Args, ranks: int) -> int:
 
 
 def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
-    """Number of updates to make now. `done` were made before; `ranks` processes share the work.
+    """Number of updates to make now, of `ranks` processes together; `done` were made before.
 
-    From the first update on, each collected timestep is replayed `train_ratio` times on average;
-    --pretrain updates come on top.
+    Each collected timestep is replayed `train_ratio` times on average; --pretrain comes on top.
     """
     steps, replayed = step - first_update(args, ranks), args.batch_size * args.batch_length
     if steps < 0:
@@ -1359,7 +1378,8 @@ def train(args: Args, run_dir: Path | None = None) -> None:
         obs, state, metrics = envs.reset(), agent.zero_state(args.num_envs), {}
         while run.step < args.total_timesteps and not run.stopping():
             state = agent.act(obs, state)  # act [R-17]
-            replay.add(obs, state)  # store
+            action = state.action.cpu().numpy()
+            replay.add(obs, action, state)  # store
             run.step += args.num_envs * run.ranks
             due = updates_due(args, run.step, agent.updates, run.ranks) if feeder.ready() else 0
             for _ in range(due):
@@ -1370,7 +1390,7 @@ def train(args: Args, run_dir: Path | None = None) -> None:
                 if run.stopping(metrics):
                     break
             run.log_and_save(obs, metrics)  # log
-            obs = envs.step(state.action.cpu().numpy())  # step
+            obs = envs.step(action)  # step
 
 
 def main() -> None:

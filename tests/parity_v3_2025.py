@@ -194,7 +194,7 @@ class Twin(parity.Twin):
         deter, stoch, action = (self.fixture.tensor(f"batch{n}/{key}")[:, 0]
                                 for key in ("dyn/deter", "dyn/stoch", "action"))
         return d.Batch(image, vector, self.onehot(get("action")), get("reward"), is_first, get("is_terminal"),
-                       deter, stoch.flatten(-2), self.onehot(action))
+                       deter[None], stoch.flatten(-2)[None], self.onehot(action)[None])
 
     def seen(self, batch: d.Batch, t: int) -> d.EnvStep:
         """Acting sees the context row, too."""
@@ -233,7 +233,7 @@ class Twin(parity.Twin):
     def recorded(self, batch: d.Batch, n: int) -> SimpleNamespace:
         """Run `train_step`; the calls of the shipped functions, and what the optimiser gets."""
         log, critics = {}, []
-        world_model_loss, critic_loss = d.world_model_loss, d.critic_loss
+        critic_loss = d.critic_loss
 
         def scaled_model(result, call):
             call.unscaled = result[0]
