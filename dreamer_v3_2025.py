@@ -1102,10 +1102,11 @@ def critic_loss(value_dist: TwoHot, ret: Tensor, slow_value: Tensor, weight: Ten
                 args: Args) -> Tensor:
     """Loss of the critic as a scalar, Eq. 10, and the pull towards its slow copy. [V3-6]
         L = -mean w_t ( ln p(R_t|s_t) + regularizer ln p(v'_t|s_t) )
-    v' is the mean of the slow critic. Only the authors' code has the weights w_t. All are (H, N).
+    v' is the mean of the slow critic. Only the authors' code has the weights w_t. All are (H, N),
+    or (T - 1, B) where it is called by `replay_critic_loss`.
     """
-    log_prob = value_dist.log_prob(ret.detach())  # (H, N)
-    log_prob_slow = value_dist.log_prob(slow_value)  # (H, N)
+    log_prob = value_dist.log_prob(ret.detach())  # (...)
+    log_prob_slow = value_dist.log_prob(slow_value)  # (...)
     return -(weight * (log_prob + args.critic_ema_regularizer * log_prob_slow)).mean()
 
 
@@ -1315,7 +1316,7 @@ def open_loop(agent: Agent, batch: Batch, context: int,
               choose: Callable | None = None) -> dict[str, np.ndarray]:
     """What happened, what the model reconstructs, and what it imagines, for the first sequence.
 
-    The model infers its state from the first `context` observations of `batch` (T, B, ...). From
+    The model infers its state from the first `context` observations of the batch. From
     there on it is given the recorded actions and nothing else, up to the end of that episode; or,
     with B = 1, what `choose(picture, action)` makes of the imagined picture and the agent's own
     action; None ends it. Videos (T, I, I, C) uint8, or vectors (T, V) float32.
