@@ -136,11 +136,10 @@ from torch import Tensor
 from common.cli import RunArgs, one_line_errors, parse
 from common.devices import (CudaGraph, Feeder, average_over_ranks, compile_methods, gather_ranks,
                             on_device, use_bf16)
-from common.disk import UserError
+from common.disk import Rings, UserError
 from common.envs import EnvConfig
 from common.maths import symexp, symlog
 from common.play import dream, evaluate, load_agent
-from common.rings import Rings
 from common.run import Run
 from common.spaces import EnvSpec
 from common.vector import Envs, EnvStep

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import dreamer_v3_2025 as d
-from common.spaces import EnvSpec
+from dreamer_v3_2025 import EnvSpec
 from tests import parity
 from tests.parity import (Fixture, Mismatch, Report, batch_major, compare, gradient, optimizer_recorders, patched,
                           per_step, recorder, shipped_losses)
