@@ -72,8 +72,8 @@ def load_checkpoint(run_dir: Path) -> dict:
     """Read a checkpoint to the CPU. weights_only: it is data, and cannot run code."""
     try:
         return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{run_dir}/checkpoint.pt is damaged; restore a copy of it") from error
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{run_dir}/checkpoint.pt is missing or damaged; restore it") from error
 
 
 class Rings:
@@ -89,7 +89,7 @@ class Rings:
                  capacity: int, num_envs: int):
         """Open the files in `folder`, or make them; `layout` has type and shape of each part."""
         if (folder / "rows.npy").exists():  # of a resumed run: the rings keep their size
-            capacity = open_array(folder / "reward.npy").shape[1]
+            capacity = [open_array(folder / f"{name}.npy").shape[1] for name in layout][0]
         self.capacity, self.num_envs = capacity, num_envs
         self.files = {name: open_array(folder / f"{name}.npy", dtype, (num_envs, capacity, *shape))
                       for name, (dtype, shape) in layout.items()}

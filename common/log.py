@@ -47,7 +47,7 @@ class Log:
                                     name=run_dir.name, id=run_dir.name, resume="allow",
                                     dir=str(run_dir), config=vars(args), sync_tensorboard=True)
         if enabled:
-            self.writer = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
+            self.writer = SummaryWriter(str(run_dir), purge_step=step + 1)
             rows = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
             self.writer.add_text("hyperparameters", "|name|value|\n|-|-|\n" + rows, step)
 

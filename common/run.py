@@ -35,7 +35,7 @@ class Run:
 
     def __init__(self, script: str, args, run_dir: Path | None):
         """Join the other processes, seed, and make the run directory or read its checkpoint."""
-        self.args, self.rank, self.ranks, self.device = args, *join(args.cuda)
+        self.args, self.script, (self.rank, self.ranks, self.device) = args, script, join(args.cuda)
         if args.batch_size % self.ranks:
             raise UserError(f"--batch-size {args.batch_size} is not for {self.ranks} processes")
         self.is_new, self.saved = run_dir is None, load_checkpoint(run_dir) if run_dir else None
@@ -53,7 +53,7 @@ class Run:
         prepare_torch(args, args.seed)
         self.generator = torch.cuda if self.device.type == "cuda" else torch.random
         self.metrics, self.returns, self.parent = {}, deque(maxlen=10), os.getppid()
-        self.envs, self.log, self.started, self.stop = None, None, False, False
+        self.envs, self.log, self.started, self.stop, self.handlers = None, None, False, False, {}
 
     def __enter__(self):
         return self
@@ -77,8 +77,8 @@ class Run:
             self.greet(first_update)
         self.log = Log(self.dir, self.args, self.step, agent.updates, self.rank == 0)
         if threading.current_thread() is threading.main_thread():  # no other may do this
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.ask_to_stop)
+            self.handlers = {number: signal.signal(number, self.ask_to_stop)
+                             for number in (signal.SIGINT, signal.SIGTERM)}
         self.save()  # so that there is always something to resume
         self.started = True
 
@@ -180,6 +180,15 @@ class Run:
             self.generator.set_rng_state(mine["rng"])
 
     def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.leave(error)
+        finally:  # in a notebook this process lives on
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            if self.rank == 0:
+                self.lock.lock.release()
+
+    def leave(self, error: BaseException | None) -> None:
         is_saved = self.started and (error is None or isinstance(error, EnvError))
         is_done = self.step >= self.args.total_timesteps
         if is_saved and error and not is_done:
@@ -194,7 +203,8 @@ class Run:
             self.agent.learn.free()
         if self.rank == 0 and not self.started and self.is_new:  # it leaves nothing behind
             shutil.rmtree(self.dir, ignore_errors=True)
-        call = f"python {shlex.quote(sys.argv[0])} --%s {shlex.quote(str(self.dir))}"
+        script = sys.argv[0] if Path(sys.argv[0]).stem == self.script else f"{self.script}.py"
+        call = f"python {shlex.quote(script)} --%s {shlex.quote(str(self.dir))}"
         if is_saved and error:
             raise UserError(f"{error}; it is saved; go on with: {call % 'resume'}") from error
         if is_saved and self.rank == 0 and is_done:

@@ -88,7 +88,7 @@ class Envs:
     def close(self) -> None:
         """End the environments and their processes, even if one hangs or is dead."""
         self.vector.closed = True  # Gymnasium's own `close` waits for one that hangs
-        for pipe in self.vector.parent_pipes:
+        for pipe in filter(None, self.vector.parent_pipes):
             with suppress(OSError):  # it is dead
                 pipe.send(("close", None))
         for process in self.vector.processes:
@@ -125,7 +125,7 @@ def make_here(config: EnvConfig, registered, parent: int, index: int, seed: int)
         threading.Thread(target=leave_with_parent, daemon=True).start()
         random.seed(seed)  # an environment may draw from the global generators
         np.random.seed(seed)
-        if registered:  # by the main script, which is not imported here
+        if registered and ":" not in config.env_id:  # by the main script, not imported here
             gym.registry.setdefault(registered.id, registered)
     return make_env(replace(config, films="") if in_parent or index else config)
 

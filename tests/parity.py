@@ -51,7 +51,7 @@ from torch import Tensor
 
 from common.spaces import EnvSpec
 
-VERSIONS = ("v3", "v2", "v1")  # tests.parity_v3 has IGNORED, tolerance, RMS, a Twin and check_math
+VERSIONS = ("v3_2025", "v3", "v2", "v1")  # tests.parity_v3 has IGNORED, tolerance, RMS, a Twin and check_math
 PARTS = r"_(steps|opt|gradparts|step|params)$"  # X_steps.npz and the like belong to fixture X
 
 

@@ -17,17 +17,19 @@ import torch
 import dreamer_v1 as d1
 import dreamer_v2 as d2
 import dreamer_v3 as d3
+import dreamer_v3_2025 as d4
 from common.cli import RunArgs
-from tests import parity, parity_v1, parity_v2, parity_v3, tiny
+from tests import parity, parity_v1, parity_v2, parity_v3, parity_v3_2025, tiny
 from tests.parity import Fixture, Report, check_fixture, patched
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
-VERSIONS = {"v1": parity_v1, "v2": parity_v2, "v3": parity_v3}
+VERSIONS = {"v1": parity_v1, "v2": parity_v2, "v3": parity_v3, "v3_2025": parity_v3_2025}
 FIXTURES = [(version, name) for version, names in {
     "v1": ["math", "cont", "cont_pcont", "disc_pcont"],
     "v2": ["math", "atari", "dmc_vision", "dmc_proprio", "crafter_layernorm"],
-    "v3": ["v3_math", "v3_discrete_image", "v3_continuous_vector"]}.items() for name in names]
+    "v3": ["v3_math", "v3_discrete_image", "v3_continuous_vector"],
+    "v3_2025": ["math", "discrete_image", "continuous_vector"]}.items() for name in names]
 VECTOR, IMAGE = ("v3", "v3_continuous_vector"), ("v3", "v3_discrete_image")
 PROPRIO, CONT, PCONT = ("v2", "dmc_proprio"), ("v1", "cont"), ("v1", "cont_pcont")
 
@@ -249,6 +251,54 @@ WRONG = {  # what is wrong: patches, the fixture, one comparison that must fail,
 }
 
 
+VECTOR_2025, IMAGE_2025 = ("v3_2025", "continuous_vector"), ("v3_2025", "discrete_image")
+
+
+def blind_to_the_context(self, batch):
+    return self.zero_state(batch.reward.shape[1])
+
+
+def adams_order(self, grads):
+    """RMS of today for the mean of all gradients."""
+    self.step += 1
+    for param, mu, nu, grad in zip(self.params, self.mu, self.nu, grads):
+        mu.lerp_(grad, 1 - self.beta1)
+        nu.lerp_(grad.square(), 1 - self.beta2)
+        root = (nu / (1 - self.beta2**self.step)).sqrt() + self.eps
+        param.data -= self.lr * mu / (1 - self.beta1**self.step) / root
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def ends_at_terminals_only(batch):
+    """As if an episode that a time limit cuts off went on with the next one."""
+    is_first = torch.zeros_like(batch.is_first)
+    is_first[1:] = batch.is_terminal[:-1]
+    return batch._replace(is_first=is_first)
+
+
+WRONG |= {
+    "2025 lambda": (lambda: [given_other(d4, "lambda_return", lambda_=lambda x: x - 0.01)],
+                    VECTOR_2025, "step1/imag/ret", "step1/imag/reward[1:]"),
+    "2025 context row": (lambda: [(d4.Agent, "carry", blind_to_the_context)],
+                         VECTOR_2025, "step1/wm/post_deter", "step1/wm/embed"),
+    "2025 warm-up": (lambda: [changed_init(d4.Optimizer, warmup=lambda self: self.warmup + 1)],
+                     IMAGE_2025, "params_after2/", "step1/grad/"),
+    "2025 no clipping": (lambda: [changed_init(d4.Optimizer, agc=lambda _: 1e9)],
+                         VECTOR_2025, "opt_after3/state/1/1/", "step1/grad/"),
+    "2025 Adam": (lambda: [(d4.Optimizer, "apply", adams_order)], VECTOR_2025, "params_after2/", "step1/grad/"),
+    "2025 mixture in the actor": (lambda: [with_args(d4.Agent, "__init__", 1, actor_unimix=0.01)],
+                                  IMAGE_2025, "step1/actor/logprob", "step1/imag/value"),
+    "2025 time limits": (lambda: [given_other(d4, "replay_critic_loss", batch=ends_at_terminals_only)],
+                         IMAGE_2025, "step1/repval/ret", "step1/loss/value"),
+    "2025 no replayed value": (lambda: [with_args(d4.Agent, "__init__", 1, beta_replay=0.0)],
+                               VECTOR_2025, "step1/total_loss", "step1/loss/repval"),
+    "2025 continue without gamma": (lambda: [with_args(d4, "world_model_loss", gamma=1.0)],
+                                    VECTOR_2025, "step1/loss/con", "step1/loss/rew"),
+    "2025 actions not rescaled": (lambda: [(d4, "within_unit", lambda action: action)],
+                                  VECTOR_2025, "step1/wm/post_deter", "step1/wm/embed"),
+}
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_algorithm_is_noticed(wrong):
     patches, (version, name), noticed, unaffected = WRONG[wrong]
@@ -258,3 +308,20 @@ def test_wrong_algorithm_is_noticed(wrong):
         failed = failures(version, fixture(version, name))
     assert any(line.startswith(noticed) for line in failed), failed[:5]
     assert not any(line == unaffected or line.startswith(f"{unaffected}*") for line in failed)
+
+
+PARAMETERS = {  # of the authors' agents without the slow critic: size, observation, actions -> their number
+    ("12M", (64, 64, 3), 0, 18, True): 10_498_772, ("25M", (64, 64, 3), 0, 18, True): 23_496_244,
+    ("50M", (64, 64, 3), 0, 18, True): 41_659_284, ("100M", (64, 64, 3), 0, 18, True): 93_482_068,
+    ("200M", (64, 64, 3), 0, 18, True): 165_967_124, ("400M", (64, 64, 3), 0, 18, True): 372_924_052,
+    ("12M", (96, 96, 1), 0, 18, True): 11_808_850, ("1M", None, 24, 6, False): 640_867}
+
+
+@pytest.mark.parametrize("agent", PARAMETERS, ids=str)
+def test_as_many_parameters_as_the_authors_have(agent):
+    """Those of 2025 count them in their spec; on the meta device nothing is initialised."""
+    size, image, vector, actions, discrete = agent
+    args = d4.Args(size=size, image_size=image[0] if image else 64)
+    with torch.device("meta"):
+        made = d4.Agent(args, d4.EnvSpec(image, vector, actions, discrete), torch.device("meta"))
+    assert sum(param.numel() for param in made.parameters() if param.requires_grad) == PARAMETERS[agent]
