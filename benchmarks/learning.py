@@ -38,7 +38,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 TARGETS = {  # mean return of the evaluation; of other tasks the least of the published seeds
     "cartpole": {"dreamer_v1": 400, "dreamer_v2": 400, "dreamer_v3": 450},
     "pendulum": {"dreamer_v1": -300, "dreamer_v2": -300, "dreamer_v3": -250},
-    "inverted_pendulum": {"dreamer_v3": 900},
+    "inverted_pendulum": {"dreamer_v3": 900}, "acrobot": {"dreamer_v3": -150},
 }
 CONTROL = {f"control_{name.replace('-', '_')}": name for name in (
     "cartpole-swingup", "walker-walk", "reacher-easy", "finger-spin", "cheetah-run")}
@@ -54,42 +54,42 @@ CHOICES = SETS | {task: (task,) for tasks in SETS.values() for task in tasks}
 TRACKS = {"carracing": (5, 10, 200, 5000, 77)}  # --eval-env-seed: the one of training, four others
 GAME = ("--env-id {}NoFrameskip-v4 --deter 512 --hidden 256 --units 256 --layers 2 "
         "--depth 16 --stoch 16 --classes 16 --batch-length 32 --train-ratio 448 --model-lr 2e-4 "
-        "--actor-lr 6e-5 --critic-lr 6e-5 --total-timesteps {} --threads 1")
+        "--actor-lr 6e-5 --critic-lr 6e-5 --total-timesteps {}")
 LAPTOP = {  # V3: one preset for all of them; poles have a flag of their own
     "cartpole": ("CartPole-v1 --action-repeat 2", 15_000), "pendulum": ("Pendulum-v1", 15_000),
     "inverted_pendulum": ("InvertedPendulum-v5 --action-repeat 2", 15_000),
     "cartpole_pixels": ("CartPole-v1 --pixels", 10_000), "acrobot": ("Acrobot-v1", 10_000),
 }
-DMC = ("--env-id dm_control/{}-v0 --size XXS --action-repeat 2 --total-timesteps 25000 "
-       "--threads 1")  # 50,000 frames
+DMC = "--env-id dm_control/{}-v0 --size XXS --action-repeat 2 --total-timesteps 25000"
 OF_V3 = {task: DMC.format(name) for task, name in CONTROL.items()}
 COMMANDS = {  # what a user types behind `python SCRIPT.py`
     "dreamer_v3": {
         "boxing": f"--size XS {GAME.format('Boxing', 14400)}",
         "mspacman": f"--size XS {GAME.format('MsPacman', 25000)}",
         **{task: f"--env-id {name}NoFrameskip-v4 --cuda-graph" for task, name in GAMES.items()},
-        **{task: f"--env-id {env_id} --size XXS --total-timesteps {timesteps} --threads 1"
+        **{task: f"--env-id {env_id} --size XXS --total-timesteps {timesteps}"
            for task, (env_id, timesteps) in LAPTOP.items()},
         **OF_V3,
     },
-    "dreamer_v3_2025": {task: OF_V3[task] for task in [*CONTROL][:3]},
+    "dreamer_v3_2025": {
+        **{task: f"--env-id {LAPTOP[task][0].split()[0]} --size XXS --total-timesteps 15000"
+           for task in ("cartpole", "pendulum", "inverted_pendulum", "acrobot")},
+        **{task: OF_V3[task] for task in [*CONTROL][:3]}},
     "dreamer_v2": {
         "boxing": f"--size XXS {GAME.format('Boxing', 14400)} --clip-rewards tanh --kl-scale 0.1 "
                   "--actor-entropy 1e-3 --gamma 0.99",
-        "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 20000 "
-                    "--threads 1",
+        "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 20000",
         "pendulum": "--env-id Pendulum-v1 --size XXS --gamma 0.95 --kl-scale 0.1 --actor-lr 1e-4 "
-                    "--train-ratio 256 --total-timesteps 5000 --threads 1",
+                    "--train-ratio 256 --total-timesteps 5000",
         **{task: f"{DMC.format(name)} --pixels" for task, name in PIXELS.items()},
     },
     "dreamer_v1": {
         "carracing": "--env-id CarRacing-v3 --size XXS --depth 16 --kl-scale 1 --free-nats 3 "
                      "--action-repeat 4 --max-episode-steps 250 --env-seed 5 "
-                     "--total-timesteps 20000 --threads 1",
-        "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 10000 "
-                    "--threads 1",
+                     "--total-timesteps 20000",
+        "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 10000",
         "pendulum": "--env-id Pendulum-v1 --size XXS --gamma 0.95 --kl-scale 0.1 --free-nats 1 "
-                    "--train-ratio 256 --expl-decay 0 --total-timesteps 5000 --threads 1",
+                    "--train-ratio 256 --expl-decay 0 --total-timesteps 5000",
         **{task: f"{DMC.format(name)} --pixels" for task, name in PIXELS.items()},
     },
 }
