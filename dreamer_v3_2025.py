@@ -98,7 +98,8 @@ far as we recall it.
     [R-16]  the newest windows are replayed first, each once: nothing waits for its first use.
     [R-17]  the untrained policy acts first (2023: random actions); it is close to uniform.
     [R-18]  sizes by one width. Default 12M, as in the code's Atari-100k runs (paper: 200M).
-            Replay ratio 256 is the code's (paper: 128).
+            Replay ratio 256 is the code's (paper: 128). DeepMind Control: action repeat 2 and ratio
+            512 are the paper's (code: 1; 1024 for vectors, 256 for images).
     [R-19]  initialisers: truncated normal, variance 1 / fan in (2023: mean of both fans, uniform).
 From 2023 on: 1% uniform mixture, free bits, symlog, percentile scale. Tags [V1-n], [V2-n], [V3-n]
 are explained in the script of that version.
@@ -148,7 +149,8 @@ SCRIPT = Path(__file__).stem
 
 # ------------------------------------------------------------------------------------------- 2 Args
 TASKS = {  # what differs for a benchmark
-    "atari": dict(action_repeat=4), "control": dict(train_ratio=1024.0)}
+    "atari": dict(action_repeat=4), "control": dict(action_repeat=2, train_ratio=512.0)}
+DEPTHS = 2, 3, 4, 4  # channels of the stages of encoder and decoder, times --depth [R-3]
 SIZES = {  # of the authors' code, by one width [R-18]; XXS is ours
     "XXS": dict(
         deter=256, hidden=64, depth=8, units=128, stoch=16, bins=63, batch_length=16,
@@ -161,7 +163,6 @@ SIZES = {  # of the authors' code, by one width [R-18]; XXS is ours
     "200M": dict(deter=8192, hidden=1024, depth=64, units=1024, classes=64),
     "400M": dict(deter=12288, hidden=1536, depth=96, units=1536, classes=96),
 }
-DEPTHS = 2, 3, 4, 4  # channels of the stages of encoder and decoder, times --depth [R-3]
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Settings:
     total_timesteps: int = 110_000  # Decisions of the agent; frames = these x action repeat
     size: Literal[tuple(SIZES)] = "12M"  # Preset; XXS is for laptops (paper, we recall: 200M)
     num_envs: int = 1  # Environments, each in a process of its own; per torchrun process
-    action_repeat: int = 1  # Times that an action is repeated (Atari: 4)
+    action_repeat: int = 1  # Times that an action is repeated (Atari: 4, DeepMind Control: 2)
     pixels: bool = False  # Observe the rendered picture instead of what the environment gives
     image_size: int = 64  # Images are resized to this height and width: a multiple of 16
     grayscale: bool = False  # Images in shades of grey
@@ -310,9 +311,9 @@ class ReplayBuffer:
         if latents:
             layout |= {"deter": (np.float16, (2, latents[0])), "stoch": (np.bool_, (2, latents[1])),
                        "stamp": (np.int64, (2,))}
-        self.rings = Rings(folder, layout, capacity, num_envs)
-        self.rng = np.random.default_rng(seed)
         self.online = self.refreshed = self.kept = 0  # see `newest`, `refresh` and `state_dict`
+        self.rings = Rings(folder, layout, capacity + self.context, num_envs)
+        self.rng = np.random.default_rng(seed)
 
     def windows(self, length: int) -> int:
         """Number of valid starts of a window of `length` rows in one ring."""
@@ -380,15 +381,14 @@ class ReplayBuffer:
                 "online": self.online, "refreshed": self.refreshed}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go back to a checkpoint: later rows are forgotten, and so are those they replaced, and
-        the latents that came later."""
+        """Go back to a checkpoint: later rows are forgotten, and so are those they replaced."""
         self.rings.roll_back(state["count"])
         self.rng.bit_generator.state = state["rng"]
         self.online, self.refreshed = state["online"], state["refreshed"]
         self.kept = self.refreshed
         if self.context:
             stamps = self.rings.files["stamp"]
-            stamps[stamps > self.refreshed] = -1
+            stamps[stamps > self.refreshed] = -1  # of updates that are undone
 
 
 def to_batch(rows: dict[str, np.ndarray]) -> Batch:
@@ -534,7 +534,7 @@ class TwoHot:
     """Distribution of a number over buckets that are evenly spaced in symlog space. [V3-4]"""
 
     def __init__(self, logits: Tensor):
-        """`logits` (..., M), one for each bucket between symlog values -20 and 20; M is odd."""
+        """`logits` (..., M), one for each bucket between symlog values -20 and 20."""
         self.logits = logits
         half = logits.shape[-1] // 2
         low = symexp(torch.linspace(-20, 0, half + 1, device=logits.device))
@@ -961,7 +961,7 @@ class Actor(nn.Module):
             self.std = Linear(args.units, spec.action_dim)  # [V2-11]
             init_weights(self.std, args.units, 0.01)
         self.min_std, self.max_std = args.actor_min_std, args.actor_max_std
-        self.unimix = args.actor_unimix
+        self.unimix = args.actor_unimix  # [R-10]
 
     def forward(self, feat: Tensor) -> Tensor:
         """(..., F) -> parameters of the policy (..., A), or (..., 2A) for continuous actions."""
@@ -976,7 +976,7 @@ class Actor(nn.Module):
             mean, raw_std = raw.chunk(2, -1)  # the deviation is 0.1 to 1, 0.89 at first [V3-15]
             std = (self.max_std - self.min_std) * (raw_std + 2).sigmoid() + self.min_std
             return Gaussian(mean.tanh(), std)
-        return OneHot(raw, self.unimix)  # [R-10]
+        return OneHot(raw, self.unimix)  # [V3-3]
 
 
 class Critic(nn.Module):
@@ -1101,8 +1101,7 @@ def critic_loss(value_dist: TwoHot, ret: Tensor, slow_value: Tensor, weight: Ten
                 args: Args) -> Tensor:
     """Loss of the critic as a scalar, Eq. 10, and the pull towards its slow copy. [V3-6]
         L = -mean w_t ( ln p(R_t|s_t) + regularizer ln p(v'_t|s_t) )
-    v' is the mean of the slow critic. Only the authors' code has the weights w_t. All are (H, N),
-    or (T - 1, B) where it is called by `replay_critic_loss`.
+    v' is the mean of the slow critic. Only the authors' code has the weights w_t. All are (H, N).
     """
     log_prob = value_dist.log_prob(ret.detach())  # (...)
     log_prob_slow = value_dist.log_prob(slow_value)  # (...)
@@ -1163,7 +1162,7 @@ class Optimizer:
         torch._foreach_add_(roots, self.eps)
         torch._foreach_lerp_(self.mu, torch._foreach_div(clipped, roots), 1 - self.beta1)
         # The rate rises from 0, so the first step moves nothing.
-        warm = ((self.step - 1) / max(self.warmup, 1)).clamp(max=1) if self.warmup else 1.0
+        warm = ((self.step - 1) / self.warmup).clamp(max=1) if self.warmup else 1.0
         torch._foreach_sub_(self.params, torch._foreach_mul(self.mu, self.lr * warm / unbias[0]))
         return nn.utils.get_total_norm(grads)
 
@@ -1240,6 +1239,7 @@ class Agent(nn.Module):
         weight = cont[:-1].cumprod(0)  # (H, N) [V1-5] [R-8]
         ret = lambda_return(reward, cont[1:], value[1:], args.return_lambda)  # (H, N) [V1-3] [V3-6]
         scale = metrics["imagined/return_scale"] = self.return_scale.update(ret)
+        metrics["imagined/explained"] = 1 - (ret - value[:-1]).var() / ret.var().clamp(1e-8)
 
         # Actor and critic
         losses["actor"], metrics["actor/entropy"] = actor_loss(
