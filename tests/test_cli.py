@@ -255,7 +255,7 @@ def test_what_only_v3_has(tmp_path, monkeypatch, given, words):
 
 
 @pytest.mark.parametrize("given", [["--no-such-flag", "1"], ["--batch-size", "many"],
-                                   ["--size", "XXXL"], ["--resume", "a", "--dream", "b"]])
+                                   ["--size", "XXXL"]])
 def test_mistakes_that_the_parsers_find(capsys, given):
     code = call(MAIN, *given)
     out, err = capsys.readouterr()
