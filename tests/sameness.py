@@ -96,7 +96,8 @@ def same_now() -> dict[str, list[str]]:
     for name in dict.fromkeys(itertools.chain.from_iterable(map(definitions, SCRIPTS))):
         texts = {script: text_of(script, definitions(script)[name])
                  for script in SCRIPTS if name in definitions(script)}
-        groups = [group for group in ROWS if len({texts.get(script, script) for script in group}) == 1]
+        groups = [group for group in ROWS
+                  if len({texts.get(script, script) for script in group}) == 1]
         if groups:
             versions[name] = "".join(script[-1] for script in groups[0])
             if versions.get(name.partition(".")[0] if "." in name else None) != versions[name]:
