@@ -51,7 +51,8 @@ from torch import Tensor
 
 from common.spaces import EnvSpec
 
-VERSIONS = ("v3_2025", "v3", "v2", "v1")  # tests.parity_v3 has IGNORED, tolerance, RMS, a Twin and check_math
+# tests.parity_v3 and its siblings have IGNORED, tolerance, RMS, a Twin and check_math.
+VERSIONS = ("v3_2025", "v3", "v2", "v1")
 PARTS = r"_(steps|opt|gradparts|step|params)$"  # X_steps.npz and the like belong to fixture X
 
 
@@ -245,19 +246,20 @@ def per_step(function, call: SimpleNamespace) -> Tensor:
 
 
 def shipped_losses(script: ModuleType, args, shape: tuple, post=None, prior=None, reward=None,
-                   terminal=None,
-                   image=None, vector=None, predicted=None, cont=None) -> dict[str, Tensor]:
+                   terminal=None, image=None, vector=None, predicted=None,
+                   cont=None) -> dict[str, Tensor]:
     """`world_model_loss` of a model whose networks say what they are told to.
 
-    What is not given does not matter. The reward and discount heads, and the continue head unless `cont` is
-    given, answer with the target in the place of its log-probability.
+    What is not given does not matter. The reward and discount heads, and the continue head unless
+    `cont` is given, answer with the target in the place of its log-probability.
     """
     state, zeros = torch.zeros(*shape, 1), torch.zeros(shape)
     still = SimpleNamespace(kl=lambda _: zeros, entropy=lambda: zeros)
     still.detach = lambda: still
     echo = SimpleNamespace(log_prob=lambda target: target)
     model = SimpleNamespace(
-        encoder=lambda *_: state, reward=lambda _: echo, cont=lambda _: cont or echo, discount=lambda _: echo,
+        encoder=lambda *_: state, reward=lambda _: echo, cont=lambda _: cont or echo,
+        discount=lambda _: echo,
         decoder=SimpleNamespace(image=lambda _: predicted, vector=lambda _: predicted),
         rssm=SimpleNamespace(observe=lambda *_: (state, state, state),
                              latent=lambda _: post or still,

@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("dreamer_v*.py"))
 NEIGHBOURS = list(itertools.pairwise(SCRIPTS))
+ROWS = sorted((SCRIPTS[i:j] for i in range(len(SCRIPTS)) for j in range(i + 2, len(SCRIPTS) + 1)),
+              key=len, reverse=True)  # two or more in a row; the 2025 revision is number 5 here
 HUNKS, LINES = 70, 400  # of `git diff --no-index -U0`: at most, and changed lines of each
 
 # Versions -> what is byte-identical in them. Of a class that differs: its methods that do not.
@@ -28,18 +30,23 @@ SAME = {
         WorldModel.reward WorldModel.discount Critic.forward Optimizer.state_dict
         Optimizer.load_state_dict decode updates_due""".split(),
     "123": """
-        Args.capacity Batch ReplayBuffer to_batch previous_actions draw_classes
-        draw_noise Gaussian.__init__ Gaussian.noise Gaussian.sample Gaussian.mode
-        Gaussian.entropy OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.mean
-        Bernoulli.log_prob init_output Linear Dense.forward SplitDense.__init__
-        SplitDense.project SplitDense.forward MLP Head centre Decoder.image
-        Decoder.vector State RSSM.prior RSSM.obs_step RSSM.observe lambda_return
-        Optimizer.grads Agent.act Agent.zero_state Agent.autocast Agent.optimizers
-        random_actions open_loop first_update main""".split(),
+        Batch ReplayBuffer init_output Linear Decoder.image RSSM.obs_step RSSM.observe
+        Optimizer.grads Agent.act Agent.zero_state Agent.optimizers random_actions
+        open_loop first_update""".split(),
+    "1235": """
+        Args.capacity to_batch previous_actions draw_classes draw_noise
+        Gaussian.__init__ Gaussian.noise Gaussian.sample Gaussian.mode Gaussian.entropy
+        OneHot.sample OneHot.mode Bernoulli.__init__ Bernoulli.mean Bernoulli.log_prob
+        Dense.forward SplitDense.__init__ SplitDense.project SplitDense.forward MLP Head
+        centre Decoder.vector State RSSM.prior lambda_return Agent.autocast main""".split(),
     "23": """
-        Args.stoch_dim Gaussian Latent.kl Actor.forward Agent.train_step train
-        OneHot.log_prob OneHot.entropy Latent.sample Latent.mode Latent.entropy
-        Latent.detach Norm NormGRUCell.forward""".split(),
+        Agent.train_step train Norm NormGRUCell.forward""".split(),
+    "235": """
+        Args.stoch_dim Gaussian Latent.kl Actor.forward OneHot.log_prob OneHot.entropy
+        Latent.sample Latent.mode Latent.entropy Latent.detach""".split(),
+    "35": """
+        OneHot Latent RSSM.latent Critic TwoHot.normaliser TwoHot.__getitem__
+        within_unit ChannelNorm ReturnScale""".split(),
 }
 
 # Functions of one name whose parameters differ, with the reason.
@@ -89,7 +96,7 @@ def same_now() -> dict[str, list[str]]:
     for name in dict.fromkeys(itertools.chain.from_iterable(map(definitions, SCRIPTS))):
         texts = {script: text_of(script, definitions(script)[name])
                  for script in SCRIPTS if name in definitions(script)}
-        groups = [group for group in (tuple(SCRIPTS), *NEIGHBOURS)
+        groups = [group for group in ROWS
                   if len({texts.get(script, script) for script in group}) == 1]
         if groups:
             versions[name] = "".join(script[-1] for script in groups[0])

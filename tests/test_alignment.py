@@ -276,7 +276,8 @@ def counting_agent(module, monkeypatch, is_terminal: torch.Tensor, goes_on: tupl
 
     model.rssm.img_step = img_step
     model.reward = lambda feat: Told(100 + feat[..., 0], feat[..., 0])
-    model.cont = model.discount = lambda feat: Told(torch.tensor(goes_on)[feat[..., 0].long()], feat[..., 0])
+    model.cont = model.discount = lambda feat: Told(
+        torch.tensor(goes_on)[feat[..., 0].long()], feat[..., 0])
     agent.critic.forward = lambda feat: Told(200 + feat[..., 0], feat[..., 0])
     agent.actor.forward = lambda feat: feat[..., :1]
     agent.actor.policy = Policy

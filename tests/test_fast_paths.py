@@ -101,7 +101,8 @@ def test_an_update_never_waits_for_the_device(name, discrete, monkeypatch):
 
 def test_compiling_loads_what_it_configures():
     """In a process that has imported nothing else: V1 and V2 make no optimiser of torch's own."""
-    code = ("from common.devices import compile_methods\nclass Layer:\n    def forward(self): pass\n"
-            "layer = Layer()\ncompile_methods(layer.forward)\nassert 'forward' in vars(layer)")
+    code = ("from common.devices import compile_methods\nclass Layer:\n"
+            "    def forward(self): pass\nlayer = Layer()\ncompile_methods(layer.forward)\n"
+            "assert 'forward' in vars(layer)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -285,11 +285,13 @@ WRONG |= {
                      IMAGE_2025, "params_after2/", "step1/grad/"),
     "2025 no clipping": (lambda: [changed_init(d4.Optimizer, agc=lambda _: 1e9)],
                          VECTOR_2025, "opt_after3/state/1/1/", "step1/grad/"),
-    "2025 Adam": (lambda: [(d4.Optimizer, "apply", adams_order)], VECTOR_2025, "params_after2/", "step1/grad/"),
+    "2025 Adam": (lambda: [(d4.Optimizer, "apply", adams_order)],
+                  VECTOR_2025, "params_after2/", "step1/grad/"),
     "2025 mixture in the actor": (lambda: [with_args(d4.Agent, "__init__", 1, actor_unimix=0.01)],
                                   IMAGE_2025, "step1/actor/logprob", "step1/imag/value"),
-    "2025 time limits": (lambda: [given_other(d4, "replay_critic_loss", batch=ends_at_terminals_only)],
-                         IMAGE_2025, "step1/repval/ret", "step1/loss/value"),
+    "2025 time limits": (
+        lambda: [given_other(d4, "replay_critic_loss", batch=ends_at_terminals_only)],
+        IMAGE_2025, "step1/repval/ret", "step1/loss/value"),
     "2025 no replayed value": (lambda: [with_args(d4.Agent, "__init__", 1, beta_replay=0.0)],
                                VECTOR_2025, "step1/total_loss", "step1/loss/repval"),
     "2025 continue without gamma": (lambda: [with_args(d4, "world_model_loss", gamma=1.0)],
@@ -310,10 +312,11 @@ def test_wrong_algorithm_is_noticed(wrong):
     assert not any(line == unaffected or line.startswith(f"{unaffected}*") for line in failed)
 
 
-PARAMETERS = {  # of the authors' agents without the slow critic: size, observation, actions -> their number
+PARAMETERS = {  # size, observation, actions -> of the authors' agent without the slow critic
     ("12M", (64, 64, 3), 0, 18, True): 10_498_772, ("25M", (64, 64, 3), 0, 18, True): 23_496_244,
     ("50M", (64, 64, 3), 0, 18, True): 41_659_284, ("100M", (64, 64, 3), 0, 18, True): 93_482_068,
-    ("200M", (64, 64, 3), 0, 18, True): 165_967_124, ("400M", (64, 64, 3), 0, 18, True): 372_924_052,
+    ("200M", (64, 64, 3), 0, 18, True): 165_967_124,
+    ("400M", (64, 64, 3), 0, 18, True): 372_924_052,
     ("12M", (96, 96, 1), 0, 18, True): 11_808_850, ("1M", None, 24, 6, False): 640_867}
 
 
@@ -324,4 +327,5 @@ def test_as_many_parameters_as_the_authors_have(agent):
     args = d4.Args(size=size, image_size=image[0] if image else 64)
     with torch.device("meta"):
         made = d4.Agent(args, d4.EnvSpec(image, vector, actions, discrete), torch.device("meta"))
-    assert sum(param.numel() for param in made.parameters() if param.requires_grad) == PARAMETERS[agent]
+    learnt = sum(param.numel() for param in made.parameters() if param.requires_grad)
+    assert learnt == PARAMETERS[agent]

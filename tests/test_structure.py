@@ -197,7 +197,8 @@ def test_help_lists_every_flag(script, cli, tmp_path):
 # ---- What is whose business ----------------------------------------------------------------------
 
 KNOWN_TO_COMMON = set("""env_id total_timesteps size num_envs action_repeat pixels image_size
-    grayscale sticky buffer_size batch_size batch_length depth""".split())
+    grayscale sticky buffer_size batch_size batch_length depth
+    warmup""".split())  # `warmup` and `depth` of something else
 
 
 @pytest.mark.parametrize("name", COMMON)
