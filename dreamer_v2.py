@@ -96,7 +96,7 @@ Deviation (from the authors' code, danijar/dreamerv2 07d906e)
       window starts with is_first, which zeroes that action, the maths is the same.
     * Windows are drawn as in V3: uniformly from a ring, the running episode included. They may
       cross the end of an episode, where is_first resets the state. Theirs are from complete
-      episodes of T rows or more, drawn whatever their length; on Atari ends are preferred.
+      episodes of more than T rows, whatever their length; ends are preferred, but for control.
     * Training begins in the middle of an episode (theirs finishes it). The row that ends an episode
       counts as a timestep (theirs: decisions alone). Theirs makes one update more at the start.
     * The last picture of an Atari episode is the last one (theirs repeats the one before).

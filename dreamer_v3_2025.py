@@ -113,7 +113,8 @@ Deviation (from the authors' code, danijar/dreamerv3 e3f0224 of May 2026)
     * Several vectors are one to us, so their output layers are clipped as one. Where pixels of a
       maximum tie, one gets the gradient (theirs: shared). Integers stay as V3 takes them (theirs:
       one-hot).
-    * Atari starts with 1 to 30 no-ops (theirs: 0 to 30).
+    * Atari starts with 1 to 30 no-ops (theirs: 0 to 30), pictures are resized by area (theirs:
+      bilinear), and the last one is always fresh. One environment (theirs: 16 for control).
     * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action. It
       is a command of its own (theirs evaluates while it trains).
     * --size XXS is ours, for laptops.

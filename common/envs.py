@@ -5,6 +5,7 @@
 `truncated`, not `terminated`: the agent must still bootstrap there.
 """
 
+import ctypes.util
 import importlib
 import json
 import os
@@ -52,7 +53,8 @@ def find(env_id: str) -> str:
     if os.getcwd() not in sys.path:  # the module is where the user stands
         sys.path.append(os.getcwd())
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's own choice needs a display
+        has_egl = ctypes.util.find_library("EGL")  # MuJoCo's own choice needs a display
+        os.environ.setdefault("MUJOCO_GL", "egl" if has_egl else "disabled")
     try:
         found = importlib.import_module(module or known or "gymnasium")
     except ImportError as error:
@@ -64,8 +66,10 @@ def find(env_id: str) -> str:
 
 def benchmark(env_id: str) -> str:
     """Whose habits a task follows: "atari", "control" (DeepMind's) or "other"."""
-    spec = gym.registry.get(name := find(env_id))
-    is_atari = spec and str(spec.entry_point).startswith("ale_py")
+    name = find(env_id)
+    entries = [str(spec.entry_point) for known, spec in gym.registry.items()
+               if known == name or known.startswith(f"{name}-v")]  # an id may lack its version
+    is_atari = any(entry.startswith("ale_py") for entry in entries)
     return "atari" if is_atari else "control" if name.startswith("dm_control/") else "other"
 
 
@@ -76,10 +80,10 @@ def make_env(config: EnvConfig) -> gym.Env:
     except EnvError:
         raise
     except (Exception, SystemExit) as error:
+        hint = "; an id of your own is module:Id-v0"
         if not isinstance(error, gym.error.Error):
-            traceback.print_exc()
-        raise EnvError(f"cannot make {config.env_id!r} (one of your own is module:Id-v0): "
-                       f"{type(error).__name__}: {error}") from error
+            hint = traceback.print_exc() or ""
+        raise EnvError(f"cannot make {config.env_id!r}: {error}{hint}") from error
 
 
 def _make(config: EnvConfig) -> gym.Env:

@@ -92,7 +92,7 @@ class Run:
               f"replay buffer: {rings.capacity * rings.num_envs:,} timesteps, "
               f"{rings.gibibytes:.2f} GiB of disk" + " per rank" * (self.ranks > 1),
               f"curves and dreams: tensorboard --logdir {shlex.quote(str(self.dir.parent))}",
-              f"{max(0, first_update - self.step):,} random timesteps first", sep="\n")
+              f"it learns from timestep {first_update:,} on", sep="\n")
         if self.device.type == "cpu" and millions > 4:
             print(f"no GPU: this takes days; made for a laptop: python {sys.argv[0]} --env-id "
                   "CartPole-v1 --size XXS --total-timesteps 15000 --threads 1")

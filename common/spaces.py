@@ -113,7 +113,7 @@ class ImageAndVector(gym.Wrapper):
         result = {key: np.concatenate(found, -1) for key, found in result.items() if found}
         shapes, finite = {key: part.shape for key, part in result.items()}, np.isfinite
         if self.shapes and not (shapes == self.shapes and finite(result.get("vector", 0)).all()):
-            raise ValueError(f"the observation has NaN, infinity, or {shapes}, not {self.shapes}")
+            raise ValueError(f"the observation has NaN, infinity, or not the shapes {self.shapes}")
         return result
 
     def to_image(self, space: spaces.Box, image: np.ndarray) -> np.ndarray:
@@ -145,9 +145,11 @@ def parts(space: spaces.Space, value):
         is_dict = isinstance(space, spaces.Dict)
         for key, part in space.spaces.items() if is_dict else enumerate(space.spaces):
             yield from parts(part, value[key])
-    elif space.is_np_flattenable and not isinstance(space, spaces.Text):
+    elif isinstance(value, str):
+        return  # text, also of a space of the environment's own
+    elif space.is_np_flattenable:
         yield space, value
-    elif not isinstance(space, spaces.Text):
+    else:
         raise EnvError(f"observation space {space} is not supported: use Box, Discrete, "
                        "MultiBinary, MultiDiscrete, or Dict and Tuple of these")
 

@@ -73,7 +73,8 @@ class Envs:
         with self._explained():
             observation, _ = self.vector.reset(seed=self.seeds)
         if "image" in observation and observation["image"].max() < 16:
-            print("\nnote: the first picture is almost black; if it holds codes, try --pixels")
+            print("\nnote: the first picture is almost black; if it holds codes, try --pixels",
+                  file=sys.stderr)
         no = np.zeros(self.num_envs, bool)
         self.returns, self.lengths, self.is_last = np.zeros(self.num_envs), no.astype(int), ~no
         return self._row(observation, np.zeros(self.num_envs), no, no)
@@ -92,7 +93,7 @@ class Envs:
             with suppress(OSError):  # it is dead
                 pipe.send(("close", None))
         for process in self.vector.processes:
-            process.join(10)  # a film may have to be written
+            process.join(60 if self.config.films else 2)  # a film has to be written
             process.kill()
 
     def _row(self, observation, reward, terminated, truncated) -> EnvStep:
@@ -111,7 +112,7 @@ class Envs:
         except EnvError:
             raise
         except Exception as error:  # Gymnasium has printed the traceback of the process
-            died = isinstance(error, EOFError | ConnectionError) and not str(error)
+            died = isinstance(error, EOFError | BrokenPipeError | ConnectionResetError)
             text = "its process died" if died else f"{type(error).__name__}: {error}"
             raise EnvError(f"{self.config.env_id} failed: {text}") from error
 
@@ -127,7 +128,12 @@ def make_here(config: EnvConfig, registered, parent: int, index: int, seed: int)
         np.random.seed(seed)
         if registered and ":" not in config.env_id:  # by the main script, not imported here
             gym.registry.setdefault(registered.id, registered)
-    return make_env(replace(config, films="") if in_parent or index else config)
+    config = replace(config, films="") if in_parent or index else config
+    if not in_parent:
+        return make_env(config)
+    import torch  # not in the processes; the random numbers here are the agent's
+    with torch.random.fork_rng([]):
+        return make_env(config)
 
 
 def leave_with_parent() -> None:
