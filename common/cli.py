@@ -66,10 +66,7 @@ class RunArgs:
             raise UserError(f"there is no setting {', '.join(sorted(unknown))} (in this version)")
 
     def check(self, may_be_zero: set[str], shares: set[str]) -> None:
-        """UserError for a number that is negative, infinite, 0 where it counts, or a share above 1.
-
-        `may_be_zero`: whole numbers that may be 0, besides MAY_BE_ZERO.
-        """
+        """UserError for a number that is negative, infinite, 0 where it counts, or a share above 1."""
         for name, value in vars(self).items():
             if type(value) in (int, float):
                 least = int(type(value) is int and name not in may_be_zero | MAY_BE_ZERO)
@@ -81,7 +78,6 @@ class RunArgs:
 
 @contextmanager
 def one_line_errors():
-    """A mistake of the user gets one line and status 1, Ctrl-C status 130."""
     try:
         yield
     except (UserError, EnvError, OSError, ImportError) as error:
@@ -96,8 +92,7 @@ def one_line_errors():
 def parse(args_type: type, script: str, description: str):
     """Arguments, and the run directory if one of MODES names one.
 
-    Flags win over presets, and over what a run directory remembers; but a resume keeps what the
-    script itself declares, except the learning rates and the length.
+    A resume keeps what the script itself declares, except the learning rates and the length.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in (*MODES, "size"):
@@ -118,7 +113,7 @@ def parse(args_type: type, script: str, description: str):
     own = {field.name for field in fields(args_type)} - {field.name for field in fields(RunArgs)}
     for name in sorted(own) if mode == "resume" else ():
         new, old = getattr(args, name), getattr(default, name)
-        if new != old and not name.endswith(("_lr", "_timesteps")):
+        if new != old and not name.endswith(("lr", "_timesteps")):
             raise UserError(f"--{name.replace('_', '-')} {new} does not fit {run_dir}, which was "
                             f"made with {old}; leave the flag out")
     return args, run_dir

@@ -45,9 +45,8 @@ def use_bf16(amp: str, device: torch.device, wide_enough: bool) -> bool:
 
 def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     """Copy from the CPU. Without pinned memory the CPU waits for the copy and all earlier work."""
-    if tensor is None or device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    is_here = tensor is None or device.type == "cpu"
+    return tensor if is_here else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Feeder:
@@ -88,8 +87,8 @@ class CudaGraph:
     """`function(batch, *constants)` as a CUDA graph: one launch in place of thousands.
 
     It returns a dictionary of tensors, the same ones each time. The first `warmup` calls run as
-    usual: networks are compiled, optimisers make their state. The batch of a later call is copied
-    to where the graph reads it; the constants must be the same tensors each time.
+    usual: networks are compiled, optimisers make their state. The constants must be the same
+    tensors each time; the batch of a later call is copied to where the graph reads it.
     """
 
     def __init__(self, function: Callable[..., dict[str, Tensor]], warmup: int = 3):
@@ -117,8 +116,7 @@ class CudaGraph:
         return self.outputs
 
     def free(self) -> None:
-        """Let the graph go: nccl waits for ever for one that holds its collectives."""
-        self.graph = self.inputs = self.outputs = None
+        self.graph = self.inputs = self.outputs = None  # nccl waits for one that holds collectives
 
 
 # ------------------------------------------- several processes; without torchrun these do nothing
@@ -136,7 +134,6 @@ def join(cuda: bool) -> tuple[int, int, torch.device]:
 
 
 def gather(value) -> list:
-    """The values, plain data, of all ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -145,7 +142,6 @@ def gather(value) -> list:
 
 
 def max_over_ranks(value: int) -> int:
-    """The largest `value` of all processes."""
     shared = torch.tensor(int(value))  # on the CPU: an update may be running on the GPU
     if dist.is_initialized():
         dist.all_reduce(shared, dist.ReduceOp.MAX)

@@ -23,8 +23,7 @@ class UserError(Exception):
 def create_run_dir(root: str, env_id: str, exp_name: str, seed: int) -> Path:
     """Make <root>/<env-id>__<exp-name>__<seed>__<time>, which must not be there yet."""
     name = f"{env_id}__{exp_name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(root).absolute() / re.sub("[/:]", "_", name)
-    path.mkdir(parents=True)
+    (path := Path(root).absolute() / re.sub("[/:]", "_", name)).mkdir(parents=True)
     return path
 
 
@@ -79,10 +78,9 @@ def load_checkpoint(run_dir: Path) -> dict:
 class Rings:
     """One ring of rows per environment: a memory-mapped `.npy` file for each part of a row.
 
-    Rows are numbered from the start of the run; row i lies in slot i % capacity. The rows
-    [oldest, count) can be read. A resume is exact: `count` comes from the checkpoint, and
-    `rows.npy` = [begun, complete], of which `begun` never goes back, tells which of the oldest
-    rows a killed process has replaced.
+    Row i of the run lies in slot i % capacity; the rows [oldest, count) can be read. A resume is
+    exact: `count` comes from the checkpoint, and `rows.npy` = [begun, complete], of which `begun`
+    never goes back, tells which of the oldest rows a killed process has replaced.
     """
 
     def __init__(self, folder: Path, layout: dict[str, tuple[type, tuple[int, ...]]],
@@ -99,7 +97,6 @@ class Rings:
 
     @property
     def oldest(self) -> int:
-        """The oldest row that is still whole."""
         return max(0, int(self.rows[0]) - self.capacity)
 
     def append(self, row: dict[str, np.ndarray]) -> None:

@@ -20,12 +20,10 @@ from gymnasium import wrappers
 
 from common.spaces import EnvError, ImageAndVector, standard_actions
 
-PACKAGES = {  # part of a plain id: what to import, how to get it
-    "dm_control/": ("shimmy", '(pip install "shimmy[dm-control]")'),
-    "MiniGrid-": ("minigrid", "(pip install minigrid)"),
-    "BabyAI-": ("minigrid", "(pip install minigrid)"),
-    "Vizdoom": ("vizdoom.gymnasium_wrapper", "(pip install vizdoom)"),
-    "ALE/": ("ale_py", "(pip install ale-py)"), "NoFrameskip": ("ale_py", "(pip install ale-py)")}
+PACKAGES = {  # part of a plain id: what to import, what to install
+    "dm_control/": ("shimmy", "shimmy[dm-control]"), "MiniGrid-": ("minigrid", "minigrid"),
+    "BabyAI-": ("minigrid", "minigrid"), "Vizdoom": ("vizdoom.gymnasium_wrapper", "vizdoom"),
+    "ALE/": ("ale_py", "ale-py"), "NoFrameskip": ("ale_py", "ale-py")}
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class EnvConfig:
 def find(env_id: str) -> str:
     """Import the module that registers an id; gives the id without it."""
     module, _, name = env_id.rpartition(":")
-    known, hint = next((PACKAGES[x] for x in PACKAGES if x in name and not module), ("", ""))
+    known, package = next((PACKAGES[x] for x in PACKAGES if x in name and not module), ("", ""))
     if os.getcwd() not in sys.path:  # the module is where the user stands
         sys.path.append(os.getcwd())
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
@@ -58,7 +56,8 @@ def find(env_id: str) -> str:
     try:
         found = importlib.import_module(module or known or "gymnasium")
     except ImportError as error:
-        raise EnvError(f"{env_id} cannot be imported: {error} {hint}") from error
+        hint = f"; pip install '{package}'" if package else ""
+        raise EnvError(f"{env_id} cannot be imported: {error}{hint}") from error
     if module and name not in gym.registry:
         raise EnvError(f"{found.__file__} registers no {name!r}: is that the module you mean?")
     return name

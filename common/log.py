@@ -64,9 +64,8 @@ class Log:
 
     def speeds(self, step: int, updates: int) -> dict[str, float]:
         before, self.mark = self.mark, (time.time(), step, updates)
-        seconds = self.mark[0] - before[0]
-        return {"charts/SPS": (step - before[1]) / seconds,
-                "charts/updates_per_second": (updates - before[2]) / seconds}
+        seconds, steps, done = (now - then for now, then in zip(self.mark, before))
+        return {"charts/SPS": steps / seconds, "charts/updates_per_second": done / seconds}
 
     def progress(self, step: int, **postfix: float) -> None:
         """Move the bar; where stderr is no terminal, print a line a minute."""

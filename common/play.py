@@ -30,7 +30,6 @@ def load_agent(agent_type: type, args, run_dir: Path):
 
 
 def play(args, agent, num_envs: int, films: str = ""):
-    """Endlessly yield an observation of all environments and the agent's actions (P, A)."""
     seed = args.seed + 10**6  # no training run has used it
     prepare_torch(args, seed)
     config = replace(args.env_config, films=films, film_all=True, seed=args.eval_env_seed)
@@ -49,7 +48,6 @@ def play(args, agent, num_envs: int, films: str = ""):
 
 
 def evaluate(args, agent, run_dir: Path) -> list[float]:
-    """Play fresh episodes with a trained agent; print every return, then mean and spread."""
     count, num_envs, returns = args.eval_episodes, min(args.num_envs, args.eval_episodes), []
     # Every environment plays its share: to count who finishes first would favour short episodes.
     left = np.array([len(part) for part in np.array_split(range(count), num_envs)])
@@ -132,9 +130,9 @@ class Keyboard:
             ready = [keys for keys in self.keys if all(held[key] for key in keys)]
             chosen[0, self.keys[max(ready, key=len)] if ready else 0] = 1
         else:
-            right, left, up, down = (held[key] for key in (pygame.K_RIGHT, pygame.K_LEFT,
-                                                           pygame.K_UP, pygame.K_DOWN))
-            chosen[0, :2] = torch.tensor([right - left, up - down][:chosen.shape[-1]])
+            side = held[pygame.K_RIGHT] - held[pygame.K_LEFT]
+            ahead = held[pygame.K_UP] - held[pygame.K_DOWN]
+            chosen[0, :2] = torch.tensor([side, ahead][:chosen.shape[-1]])
         return chosen
 
 
@@ -162,10 +160,7 @@ class Player:
         self.env = self.actions.env
 
     def play(self, observation, state=None):
-        """(action, state) for what `env.reset` or `env.step` returned.
-
-        `state` is what the last call returned; None at the first observation of an episode.
-        """
+        """(action, state) for an observation and the last call's state, None as an episode begins."""
         parts, is_first = self.observations.observation(observation), state is None
         image, vector = (parts[key][None] if key in parts else None for key in ("image", "vector"))
         no, zero = np.zeros(1, bool), np.zeros(1)

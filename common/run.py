@@ -64,10 +64,7 @@ class Run:
         return replay_type(folder, spec, capacity, self.args.num_envs, self.args.seed + self.rank)
 
     def start(self, envs, agent, feeder, open_loop, first_update: int) -> None:
-        """Restore the checkpoint, or write the first one; greet, and open the log.
-
-        `open_loop(agent, batch, context)` gives videos, or vector series, by name.
-        """
+        """Restore the checkpoint, or write the first one; greet, and open the log."""
         self.envs, self.agent, self.feeder, self.open_loop = envs, agent, feeder, open_loop
         if self.rank:  # the same weights on every rank, but not the same draws
             torch.manual_seed(self.seed)
@@ -98,7 +95,6 @@ class Run:
                   "CartPole-v1 --size XXS --total-timesteps 15000 --threads 1")
 
     def ask_to_stop(self, number, frame) -> None:
-        """Ctrl-C and SIGTERM leave the main loop; a second Ctrl-C stops at once."""
         if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop = True  # print() may not be called in a handler
@@ -155,11 +151,10 @@ class Run:
         self.log.video("open_loop", draw(series, context)[0], self.step)
 
     def save(self) -> None:
-        """Replay rows to disk first, then the checkpoint that refers to them."""
         agent, replay = self.agent, self.feeder.replay
         to_numbers(self.metrics, agent.updates)  # nothing that is not finite is saved
         self.log.flush()  # what is logged up to here is never logged again
-        replay.rings.flush()
+        replay.rings.flush()  # before the checkpoint, which refers to these rows
         mine = {"replay": replay.state_dict(), "rng": self.generator.get_rng_state()}
         everyone, self.last_save = gather(mine), time.monotonic()
         if self.rank == 0:
@@ -195,7 +190,7 @@ class Run:
             max_over_ranks(2)  # the others learn of it in `stopping`
         if is_saved:
             self.save()
-        if is_saved and is_done and self.before and self.args.video_every:
+        if is_saved and is_done and self.args.video_every:
             self.log_video()
         for part in filter(None, (self.log, self.envs)):
             part.close()

@@ -30,7 +30,6 @@ class EnvSpec:
 
 
 def env_spec(observation_space: spaces.Dict, action_space: spaces.Space) -> EnvSpec:
-    """The sizes of an environment that `make_env` made."""
     shapes = {key: space.shape for key, space in observation_space.items()}
     return EnvSpec(shapes.get("image"), sum(shapes.get("vector", ())),
                    spaces.flatdim(action_space), isinstance(action_space, spaces.Discrete))

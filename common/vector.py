@@ -69,12 +69,10 @@ class Envs:
         self.spec = env_spec(self.vector.single_observation_space, self.vector.single_action_space)
 
     def reset(self) -> EnvStep:
-        """Start a new episode in every environment."""
         with self._explained():
             observation, _ = self.vector.reset(seed=self.seeds)
-        if "image" in observation and observation["image"].max() < 16:
-            print("\nnote: the first picture is almost black; if it holds codes, try --pixels",
-                  file=sys.stderr)
+        if observation.get("image", np.full(1, 255)).max() < 16:
+            sys.stderr.write("\nnote: the first picture is almost black; --pixels if it is codes\n")
         no = np.zeros(self.num_envs, bool)
         self.returns, self.lengths, self.is_last = np.zeros(self.num_envs), no.astype(int), ~no
         return self._row(observation, np.zeros(self.num_envs), no, no)
@@ -87,7 +85,6 @@ class Envs:
         return self._row(observation, reward, terminated, truncated)
 
     def close(self) -> None:
-        """End the environments and their processes, even if one hangs or is dead."""
         self.vector.closed = True  # Gymnasium's own `close` waits for one that hangs
         for pipe in filter(None, self.vector.parent_pipes):
             with suppress(OSError):  # it is dead
@@ -119,21 +116,18 @@ class Envs:
 
 def make_here(config: EnvConfig, registered, parent: int, index: int, seed: int) -> gym.Env:
     """The environment in its process; also in the parent, where Gymnasium only reads the spaces."""
-    in_parent = os.getpid() == parent
-    if not in_parent:
-        if hasattr(os, "setsid"):  # Ctrl-C, and what `timeout` sends, is the parent's to handle
-            os.setsid()
-        threading.Thread(target=leave_with_parent, daemon=True).start()
-        random.seed(seed)  # an environment may draw from the global generators
-        np.random.seed(seed)
-        if registered and ":" not in config.env_id:  # by the main script, not imported here
-            gym.registry.setdefault(registered.id, registered)
-    config = replace(config, films="") if in_parent or index else config
-    if not in_parent:
-        return make_env(config)
-    import torch  # not in the processes; the random numbers here are the agent's
-    with torch.random.fork_rng([]):
-        return make_env(config)
+    if os.getpid() == parent:
+        import torch  # not in the processes; the random numbers here are the agent's
+        with torch.random.fork_rng([]):
+            return make_env(replace(config, films=""))
+    if hasattr(os, "setsid"):  # Ctrl-C, and what `timeout` sends, is the parent's to handle
+        os.setsid()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    random.seed(seed)  # an environment may draw from the global generators
+    np.random.seed(seed)
+    if registered and ":" not in config.env_id:  # by the main script, not imported here
+        gym.registry.setdefault(registered.id, registered)
+    return make_env(replace(config, films="") if index else config)
 
 
 def leave_with_parent() -> None:

@@ -12,7 +12,6 @@ LANES, LEFT, WIDE, HIGH = 8, 170, 900, 70  # of a plot: how many, and pixels
 
 
 def gif_bytes(frames: np.ndarray, fps: int = 15) -> bytes:
-    """(T, H, W, 3) as an animated GIF that loops for ever."""
     first, *others = map(Image.fromarray, frames)
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=others, duration=1000 // fps, loop=0)
@@ -51,10 +50,7 @@ def panels(videos: dict[str, np.ndarray], context: int) -> list[np.ndarray]:
 
 
 def draw(series: dict[str, np.ndarray], context: int, every: int = 1) -> tuple[np.ndarray, ...]:
-    """Titled videos side by side (T, H', W', 3), and rows of their every-th frames (H'', W'', 3).
-
-    Of vector series (T, V), both show one plot of all T.
-    """
+    """Titled videos side by side (T, H', W', 3), and rows of every-th frames; vectors: a plot."""
     if any(one.ndim == 2 for one in series.values()):
         return plot(series, context)[None], plot(series, context)
     videos = panels(series, context)
@@ -65,8 +61,7 @@ def draw(series: dict[str, np.ndarray], context: int, every: int = 1) -> tuple[n
 def plot(series: dict[str, np.ndarray], context: int) -> np.ndarray:
     """Draw the first, the truth, and the last of titled vector series (T, V): (H', W', 3).
 
-    Each of the first 8 numbers has a lane, as high as the truth. At the vertical line the dream
-    begins: from there on, the model is not shown the truth.
+    Each of the first 8 numbers has a lane, which is as high as the truth.
     """
     (title, truth), *_, (other, model) = series.items()
     lanes = min(truth.shape[1], LANES)
