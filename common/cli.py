@@ -66,7 +66,7 @@ class RunArgs:
             raise UserError(f"there is no setting {', '.join(sorted(unknown))} (in this version)")
 
     def check(self, may_be_zero: set[str], shares: set[str]) -> None:
-        """UserError for a number that is negative, infinite, 0 where it counts, or a share above 1."""
+        """UserError for a number that is negative, infinite, 0 where it counts, or too large."""
         for name, value in vars(self).items():
             if type(value) in (int, float):
                 least = int(type(value) is int and name not in may_be_zero | MAY_BE_ZERO)
