@@ -75,7 +75,7 @@ def test_a_row_of_learning_shows_every_seed_and_how_many_reached_the_target():
         "dreamer_v1", "cartpole", "1: 500.0, 2: 99.5 (stopped early)", "400", "1 of 2", "9", "3, 9", "a" * 9]
     control = learning.row("dreamer_v3", "control_cartpole_swingup", found)
     assert control[3:5] == ["published: 265 to 457", "1 of 2"]  # after 50,000 frames
-    assert learning.row("dreamer_v3", "acrobot", found)[3:5] == ["none", ""]
+    assert learning.row("dreamer_v3", "cartpole_pixels", found)[3:5] == ["none", ""]
 
 
 def test_a_curve_of_many_episodes_is_thinned_out():
