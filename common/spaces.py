@@ -112,7 +112,7 @@ class ImageAndVector(gym.Wrapper):
         result = {key: np.concatenate(found, -1) for key, found in result.items() if found}
         shapes, finite = {key: part.shape for key, part in result.items()}, np.isfinite
         if self.shapes and not (shapes == self.shapes and finite(result.get("vector", 0)).all()):
-            raise ValueError(f"the observation has NaN, infinity, or not the shapes {self.shapes}")
+            raise ValueError(f"the observation has NaN, infinity, or {shapes}, not {self.shapes}")
         return result
 
     def to_image(self, space: spaces.Box, image: np.ndarray) -> np.ndarray:

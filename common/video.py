@@ -63,7 +63,7 @@ def plot(series: dict[str, np.ndarray], context: int) -> np.ndarray:
 
     Each of the first 8 numbers has a lane, which is as high as the truth.
     """
-    (title, truth), *_, (other, model) = series.items()
+    (title, truth), *_, (other, model) = ((k, x.astype(np.float64)) for k, x in series.items())
     lanes = min(truth.shape[1], LANES)
     bottom, x = 30 + lanes * HIGH, LEFT + np.arange(len(truth)) * WIDE // max(1, len(truth) - 1)
     page = np.full((bottom + 30, LEFT + WIDE + 20, 3), PAPER, np.uint8)
