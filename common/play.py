@@ -160,7 +160,7 @@ class Player:
         self.env = self.actions.env
 
     def play(self, observation, state=None):
-        """(action, state) for an observation and the last call's state (None: an episode begins)."""
+        """(action, state) for an observation and the state of the last call (None: a first one)."""
         parts, is_first = self.observations.observation(observation), state is None
         image, vector = (parts[key][None] if key in parts else None for key in ("image", "vector"))
         no, zero = np.zeros(1, bool), np.zeros(1)
