@@ -20,7 +20,8 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("dreamer_v*.py"))
 NEIGHBOURS = list(itertools.pairwise(SCRIPTS))
 ROWS = sorted((SCRIPTS[i:j] for i in range(len(SCRIPTS)) for j in range(i + 2, len(SCRIPTS) + 1)),
               key=len, reverse=True)  # two or more in a row; the 2025 revision is number 5 here
-HUNKS, LINES = 70, 400  # of `git diff --no-index -U0`: at most, and changed lines of each
+LIMITS = {"dreamer_v3_2025": (75, 1000)}  # hunks and lines of `git diff --no-index`, at most
+HUNKS, LINES = 70, 400  # of the others: hunks of `-U0`, and changed lines of each
 
 # Versions -> what is byte-identical in them. Of a class that differs: its methods that do not.
 SAME = {
