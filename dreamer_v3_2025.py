@@ -63,7 +63,7 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     v'_t  slow_value      sg()  .detach()    q(z|h,x)  post    p(z|h)  prior
     Dimension key
     T  replay time, 64     B  batch, 16     N = T * B  imagination starts, 1024   (size 12M, Atari)
-    H  imagination horizon, 15     H1  H + 1     A  action, 9     P  environments, 1
+    H  imagination horizon, 15     H1  H + 1     G  H - 1     A  action, 9     P  environments, 1
     E  embedding, 1024     D  deterministic state, 2048     S, K  latents and classes, 32 16
     Z = S * K  stochastic state, 512     F = D + Z  feature, 2560     U  hidden units, 256
     M  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3

@@ -279,6 +279,8 @@ def exercise(checker: Checker, spec: EnvSpec, folder) -> None:
         batch = replay.sample(B, T, np.random.default_rng(0))
         for _ in range(2):
             update(module, agent, batch)
+        if latents:
+            replay.refresh(batch, *agent.train_step(batch)[1:])
     batch.is_first[:] = False  # the video is that of a whole sequence
     with checker.sizes(**training | dict(N=B)):
         module.open_loop(agent, batch, CONTEXT)
