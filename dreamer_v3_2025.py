@@ -208,7 +208,7 @@ class Settings:
 
     unimix: float = 0.01  # Share of the uniform distribution in latents
     beta_pred: float = 1.0  # Scale of image, vector, reward and continue loss
-    beta_dyn: float = 1.0  # Scale of the dynamics loss
+    beta_dyn: float = 1.0  # Scale of the dynamics loss
     beta_rep: float = 0.1  # Scale of the representation loss
     free_bits: float = 1.0  # Nats below which a KL loss is not pushed any further
 
@@ -1043,7 +1043,7 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     losses["cont"] = -args.beta_pred * model.cont(feat).log_prob(going_on)
     # [V3-2] Both have the same value; they differ in which side learns.
     kl_dyn, kl_rep = post.detach().kl(prior), post.kl(prior.detach())
-    losses["dyn"] = args.beta_dyn * kl_dyn.clamp(min=args.free_bits)
+    losses["dyn"] = args.beta_dyn * kl_dyn.clamp(min=args.free_bits)
     losses["rep"] = args.beta_rep * kl_rep.clamp(min=args.free_bits)
     metrics["latent/kl"] = kl_dyn
     return losses, deter, stoch, metrics

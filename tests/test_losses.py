@@ -22,7 +22,8 @@ import dreamer_v1 as d1
 import dreamer_v2 as d2
 import dreamer_v3 as d3
 import dreamer_v3_2025 as d4
-from tests.tiny import grad_of, has_flag, tiny_agent, tiny_args, tiny_batch, tiny_spec, update
+from tests.tiny import (grad_of, has_flag, tiny_agent, tiny_args, tiny_batch, tiny_spec,
+                        update)
 
 close = torch.testing.assert_close
 

@@ -12,7 +12,7 @@ from common.spaces import EnvSpec
 PLAIN = dict(
     size="XXS", deter=12, hidden=10, units=9, layers=1, reward_layers=1, pcont_layers=1,
     actor_layers=1, critic_layers=1, depth=2, stoch=3, classes=4, bins=21, mlp_units=9,
-    mlp_layers=1, image_size=16, blocks=4, head_layers=1, batch_size=3, batch_length=5, learning_starts=10, pretrain=1,
+    mlp_layers=1, image_size=16, blocks=2, head_layers=1, batch_size=3, batch_length=5, learning_starts=10, pretrain=1,
     train_ratio=15.0, total_timesteps=1000, buffer_size=1000, num_envs=1, action_repeat=1,
     grayscale=False, sticky=0.0, clip_rewards="none", pcont=True, pcont_scale=3.0, model_lr=5e-4,
     actor_lr=2e-4, critic_lr=4e-4, model_eps=2e-6, actor_eps=2e-6, critic_eps=2e-6,
