@@ -306,7 +306,8 @@ def learn(module, monkeypatch, is_terminal: torch.Tensor,
     monkeypatch.setattr(module, "critic_loss", no_loss(module.critic_loss, scalar))
     revised, carry = has_flag(module, "replay_context"), agent.zero_state(B)
     if revised:
-        monkeypatch.setattr(module, "replay_critic_loss", no_loss(module.replay_critic_loss, scalar))
+        monkeypatch.setattr(module, "replay_critic_loss",
+                            no_loss(module.replay_critic_loss, scalar))
     with (recorded(module, "lambda_return") as returns, recorded(module, "actor_loss") as actor,
           recorded(module, "critic_loss") as critic):
         agent.learn(batch) if revised else agent.learn(batch, carry)
