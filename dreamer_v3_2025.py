@@ -63,7 +63,7 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     v'_t  slow_value      sg()  .detach()    q(z|h,x)  post    p(z|h)  prior
     Dimension key
     T  replay time, 64     B  batch, 16     N = T * B  imagination starts, 1024   (size 12M, Atari)
-    H  imagination horizon, 15     H1  H + 1     A  action, 9     P  environments, 1
+    H  imagination horizon, 15     H1  H + 1     G  H - 1     A  action, 9     P  environments, 1
     E  embedding, 1024     D  deterministic state, 2048     S, K  latents and classes, 32 16
     Z = S * K  stochastic state, 512     F = D + Z  feature, 2560     U  hidden units, 256
     M  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3
@@ -208,7 +208,7 @@ class Settings:
 
     unimix: float = 0.01  # Share of the uniform distribution in latents
     beta_pred: float = 1.0  # Scale of image, vector, reward and continue loss
-    beta_dyn: float = 1.0  # Scale of the dynamics loss
+    beta_dyn: float = 1.0  # Scale of the dynamics loss [R-7]
     beta_rep: float = 0.1  # Scale of the representation loss
     free_bits: float = 1.0  # Nats below which a KL loss is not pushed any further
 
@@ -548,11 +548,8 @@ class TwoHot:
         return self.logits.logsumexp(-1)
 
     def mean(self) -> Tensor:
-        """sum_i p_i b_i (...): the mean of the numbers themselves. [R-5]
-
-        Each bucket and its mirror image are added first: with huge buckets on both sides, p_i b_i
-        one by one would round, and equal logits would not give exactly 0.
-        """
+        """sum_i p_i b_i (...), the mean of the numbers themselves. [R-5] Each bucket and its mirror
+        image are added first, or equal logits would not give exactly 0: the buckets are huge."""
         half, probs = len(self.positive), self.logits.softmax(-1)
         return ((probs[..., half + 1:] - probs[..., :half].flip(-1)) * self.positive).sum(-1)
 
@@ -588,10 +585,7 @@ def within_unit(action: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------ 5 encoder, decoder, heads
 def init_weights(layer: nn.Module, fan_in: int, scale: float = 1.0) -> None:
-    """Truncated normal of variance 1 / fan in, cut at two sigma; zero bias. [R-19]
-
-    0.8796 is the standard deviation that is left after the cut.
-    """
+    """Normal of variance 1 / fan in after it is cut at two sigma; zero bias. [R-19]"""
     std = scale / math.sqrt(fan_in) / 0.87962566103423978
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     nn.init.zeros_(layer.bias)
@@ -675,10 +669,8 @@ class BlockLinear(nn.Module):
 
 
 class SplitBlockLinear(BlockLinear):
-    """Block-linear layer whose blocks all see a and b, too; split for the reason of `SplitDense`.
-
-    What every block sees is one ordinary matrix product for all blocks together.
-    """
+    """Block-linear layer whose blocks all see a and b, too: two matrix products for all blocks
+    together, split for the reason of `SplitDense`."""
 
     def __init__(self, inputs: int, inputs_a: int, inputs_b: int, outputs: int, blocks: int):
         super().__init__(inputs + blocks * (inputs_a + inputs_b), outputs, blocks)
@@ -1043,7 +1035,7 @@ def world_model_loss(model: WorldModel, batch: Batch, carry: State,
     losses["cont"] = -args.beta_pred * model.cont(feat).log_prob(going_on)
     # [V3-2] Both have the same value; they differ in which side learns.
     kl_dyn, kl_rep = post.detach().kl(prior), post.kl(prior.detach())
-    losses["dyn"] = args.beta_dyn * kl_dyn.clamp(min=args.free_bits)
+    losses["dyn"] = args.beta_dyn * kl_dyn.clamp(min=args.free_bits)  # [R-7]
     losses["rep"] = args.beta_rep * kl_rep.clamp(min=args.free_bits)
     metrics["latent/kl"] = kl_dyn
     return losses, deter, stoch, metrics
@@ -1053,10 +1045,8 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
             horizon: int) -> tuple[Tensor, Tensor, Tensor]:
     """Follow actor and prior for `horizon` steps from deter (N, D) and stoch (N, Z). [V1-1]
     Returns features (H1, N, F), the starts included, actions (H, N, A) and the actor's outputs
-    (H, N, A or 2A), from which the losses rebuild the policy without running the actor again.
-
-    REINFORCE needs no gradient of the dynamics at all [R-9]: all that the actor's loss reaches is
-    the actor, through ln pi.
+    (H, N, A or 2A), from which the losses rebuild the policy without running the actor again; they
+    alone have a gradient. [R-9]
     """
     feats, actions, raws = [torch.cat([deter, stoch], -1)], [], []
     for _ in range(horizon):
@@ -1129,8 +1119,7 @@ class Optimizer:
     """LaProp, on gradients that are clipped to a share of each parameter's own norm. [R-14]
 
         nu <- beta2 nu + (1 - beta2) g^2;   mu <- beta1 mu + (1 - beta1) g / sqrt(nu)
-    Each gradient is divided by the size that gradients had at its time (both means without their
-    bias). Adam takes the mean first, so a step mixes gradients of one time with sizes of another.
+    with both means unbiased. Adam takes the mean first: old gradients are divided by new sizes.
     """
 
     def __init__(self, module: nn.Module, args: Args):
@@ -1215,10 +1204,8 @@ class Agent(nn.Module):
         return metrics, deter, stoch
 
     def learn(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One step of everything, all on the device: a CUDA graph records it.
-
-        One loss, so imagination runs inside of the model as it was before the step. [R-13]
-        """
+        """One step of everything, down one loss [R-13]. A CUDA graph records it: no value leaves
+        the device. Imagination runs inside of the model as it was before the step."""
         args, model = self.args, self.world_model
         # World model
         with self.autocast():
@@ -1267,9 +1254,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_slow_critic(self) -> None:
         """Move the slow critic towards the critic. [V2-6] [V3-6]"""
-        rate = 1 - self.args.critic_ema_decay
         slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
-        torch._foreach_lerp_(slow, fast, rate)
+        torch._foreach_lerp_(slow, fast, 1 - self.args.critic_ema_decay)
 
     @torch.no_grad()
     def act(self, obs: EnvStep, state: State, sample: bool = True) -> State:

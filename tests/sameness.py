@@ -20,7 +20,9 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("dreamer_v*.py"))
 NEIGHBOURS = list(itertools.pairwise(SCRIPTS))
 ROWS = sorted((SCRIPTS[i:j] for i in range(len(SCRIPTS)) for j in range(i + 2, len(SCRIPTS) + 1)),
               key=len, reverse=True)  # two or more in a row; the 2025 revision is number 5 here
-HUNKS, LINES = 70, 400  # of `git diff --no-index -U0`: at most, and changed lines of each
+# Of `git diff --no-index` to a script: lines of context, and at most so many hunks and changed lines
+# of each of the two. The revision changes more than a version does, so its hunks are larger ones.
+LIMITS = dict.fromkeys(SCRIPTS[:3], (0, 70, 400)) | {"dreamer_v3_2025": (3, 75, 500)}
 
 # Versions -> what is byte-identical in them. Of a class that differs: its methods that do not.
 SAME = {
@@ -45,15 +47,23 @@ SAME = {
         Args.stoch_dim Gaussian Latent.kl Actor.forward OneHot.log_prob OneHot.entropy
         Latent.sample Latent.mode Latent.entropy Latent.detach""".split(),
     "35": """
-        OneHot Latent RSSM.latent Critic TwoHot.normaliser TwoHot.__getitem__
-        within_unit ChannelNorm ReturnScale""".split(),
+        OneHot Latent RSSM.latent Actor.policy Critic TwoHot.normaliser
+        TwoHot.__getitem__ within_unit ChannelNorm ReturnScale""".split(),
 }
 
 # Functions of one name whose parameters differ, with the reason.
 OTHER_PARAMETERS = {
     "Latent.__init__": "[V2-1] groups, [V3-3] unimix",
     "OneHot.__init__": "[V3-3] unimix",
-    "actor_loss": "[V2-4] REINFORCE takes the policy, its actions and a baseline, [V3-5] a scale",
+    "ReplayBuffer.__init__": "[R-15] sizes of the latents",
+    "ReplayBuffer.add": "[R-15] the state",
+    "Optimizer.__init__": "[R-14] its settings are those of all",
+    "Optimizer.grads": "[R-13] one backward pass",
+    "Agent.train_step": "[R-15] the batch has the carry",
+    "Agent.learn": "[R-15] the batch has the carry",
+    "Agent.act": "[R-17] no random actions",
+    "actor_loss": "[V2-4] REINFORCE takes the policy, its actions and a baseline, [V3-5] a scale, "
+                  "[R-9] has nothing else",
     "critic_loss": "[V3-6] the slow critic regularises",
 }
 
@@ -126,7 +136,7 @@ def banners(script: str) -> list[str]:
 
 def diff_size(one: str, other: str) -> tuple[int, int, int]:
     """Hunks, lines of the one and lines of the other that differ."""
-    command = ["git", "diff", "--no-index", "--no-ext-diff", "-U0", f"{one}.py", f"{other}.py"]
+    command = ["git", "diff", "--no-index", "--no-ext-diff", f"-U{LIMITS[other][0]}", f"{one}.py", f"{other}.py"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     lines = text.partition("\n@@")[2].split("\n")
     return (text.count("\n@@ -"), sum(line.startswith("-") for line in lines),
@@ -136,8 +146,9 @@ def diff_size(one: str, other: str) -> tuple[int, int, int]:
 def main() -> None:
     for one, other in NEIGHBOURS:
         hunks, less, more = diff_size(one, other)
-        print(f"{one} -> {other}: {hunks} hunks (limit {HUNKS}), {less} and {more} lines "
-              f"(limit {LINES})")
+        _, most, lines = LIMITS[other]
+        print(f"{one} -> {other}: {hunks} hunks (limit {most}), {less} and {more} lines "
+              f"(limit {lines})")
         print(f"    other parameters: {' '.join(other_parameters(one, other))}")
     lines = []
     for versions, names in sorted(same_now().items()):

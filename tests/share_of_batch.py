@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from common.devices import join
-from tests.tiny import has_flag, tiny_agent, tiny_batch, tiny_spec
+from tests.tiny import has_flag, tiny_agent, tiny_batch, tiny_spec, update
 
 script, kind, folder = sys.argv[1:]
 module = __import__(script)
@@ -28,7 +28,7 @@ share, metrics = slice(rank, 4, world), []
 for _ in range(5):
     batch = tiny_batch(module, agent)
     batch = module.Batch(*(x if x is None else x[:, share] for x in batch))
-    found = agent.train_step(batch, agent.zero_state(4 // world))
+    found = update(module, agent, batch)
     metrics.append({name: float(value) for name, value in found.items()})
 torch.save({"agent": agent.state_dict(), "metrics": metrics, "batch": batch.vector, "limit": limit},
            Path(folder) / f"{rank}of{world}.pt")

@@ -131,8 +131,12 @@ def test_rows_and_what_the_agent_makes_of_them(module, tmp_path, monkeypatch, en
         batch, middle = step.batch, ~step.batch.is_first
         assert call.embed.shape[:2] == call.prev_action.shape[:2] == (5, 3)
         assert torch.equal(call.prev_action[1:], batch.action[:-1])
-        assert torch.equal(call.prev_action[0], step.carry.action) and not step.carry.action.any()
-        assert torch.equal(call.is_first, batch.is_first) and call.is_first[0].all()
+        if has_flag(module, "replay_context"):  # [R-15] the row before the window is known
+            assert torch.equal(call.prev_action[0], batch.prev_action[0])
+        else:
+            assert torch.equal(call.prev_action[0], step.carry.action)
+            assert not step.carry.action.any() and call.is_first[0].all()
+        assert torch.equal(call.is_first, batch.is_first)
         assert (echo(call.prev_action)[middle] == batch.vector[middle][:, 3:].numpy()).all()
         assert (batch.vector[..., 1][middle] > 0).all()
 
@@ -283,8 +287,8 @@ def counting_agent(module, monkeypatch, is_terminal: torch.Tensor, goes_on: tupl
     agent.actor.policy = Policy
     if hasattr(agent, "slow_critic"):
         agent.slow_critic.forward = lambda feat: Told(300 + feat[..., 0], feat[..., 0])
-    for name in ("model", "actor", "critic"):
-        setattr(agent, f"{name}_opt", NoOptimizer())
+    for name in ("model_opt", "actor_opt", "critic_opt", "optimizer"):
+        setattr(agent, name, NoOptimizer())
     return agent, tiny_batch(module, agent, is_terminal=is_terminal)
 
 
@@ -300,9 +304,13 @@ def learn(module, monkeypatch, is_terminal: torch.Tensor,
     result = scalar if module.SCRIPT == "dreamer_v1" else (scalar, torch.zeros(H, T * B))
     monkeypatch.setattr(module, "actor_loss", no_loss(module.actor_loss, result))
     monkeypatch.setattr(module, "critic_loss", no_loss(module.critic_loss, scalar))
+    revised, carry = has_flag(module, "replay_context"), agent.zero_state(B)
+    if revised:
+        monkeypatch.setattr(module, "replay_critic_loss",
+                            no_loss(module.replay_critic_loss, scalar))
     with (recorded(module, "lambda_return") as returns, recorded(module, "actor_loss") as actor,
           recorded(module, "critic_loss") as critic):
-        agent.learn(batch, agent.zero_state(B))
+        agent.learn(batch) if revised else agent.learn(batch, carry)
     assert len(returns) == len(actor) == len(critic) == 1
     return SimpleNamespace(actor=actor[0], critic=critic[0], returns=returns[0])
 
@@ -316,11 +324,14 @@ def is_row(tensor: torch.Tensor, *numbers: float) -> None:
 NEVER = torch.zeros(T, B, dtype=torch.bool)
 
 
-def test_what_enters_the_losses_of_v3(monkeypatch):
-    """[V3-6] [V3-14] H = 4: states 0 to 4, H terms everywhere."""
-    found = learn(importlib.import_module("dreamer_v3"), monkeypatch, NEVER)
+@pytest.mark.parametrize("module", SCRIPTS[2:], indirect=True)
+def test_what_enters_the_losses_of_v3(module, monkeypatch):
+    """[V3-6] [V3-14] [R-8] H = 4: states 0 to 4, H terms everywhere."""
+    found = learn(module, monkeypatch, NEVER)
+    revised = module.SCRIPT == "dreamer_v3_2025"  # flags have gamma in them, the first one counts
+    gamma, start = (1, FLAGS[0]) if revised else (GAMMA, 1)
     is_row(found.returns.reward, 101, 102, 103, 104)  # what the actions 0 ... 3 led to
-    is_row(found.returns.discount, *(GAMMA * flag for flag in FLAGS[1:]))
+    is_row(found.returns.discount, *(gamma * flag for flag in FLAGS[1:]))
     is_row(found.returns.next_value, 201, 202, 203, 204)
     is_row(found.actor.policy.raw[..., 0], 0, 1, 2, 3)
     is_row(found.actor.action[..., 0], 10, 11, 12, 13)
@@ -329,7 +340,7 @@ def test_what_enters_the_losses_of_v3(monkeypatch):
     is_row(found.critic.slow_value, 300, 301, 302, 303)
     for loss in (found.actor, found.critic):
         assert loss.ret is found.returns.result and loss.weight.shape == (H, T * B)
-        is_row(loss.weight, 1, GAMMA * 0.9, GAMMA**2 * 0.9 * 0.8, GAMMA**3 * 0.9 * 0.8 * 0.7)
+        is_row(loss.weight, *(gamma**t * start * p for t, p in enumerate([1, 0.9, 0.72, 0.504])))
 
 
 def test_what_enters_the_losses_of_v2(monkeypatch):
@@ -361,6 +372,7 @@ def test_what_enters_the_losses_of_v1(monkeypatch):
     assert found.returns.reward.shape[1] == (T - 1) * B  # the last of a window could be terminal
 
 
+@pytest.mark.parametrize("module", SCRIPTS[:3], indirect=True)  # [R-8] of starts, too
 def test_nothing_is_learnt_from_what_lies_behind_an_end(module, monkeypatch):
     """A recorded terminal, start t B + b, ends the imagined episode at its start; others go on."""
     is_terminal = NEVER.clone()
@@ -409,7 +421,8 @@ def test_the_video_stops_at_the_end_of_the_episode(module, ends, length):
 def test_a_video_of_images_shows_them_as_they_are(module):
     """And its dream begins at the last frame that was seen: the frames before are reconstructed."""
     torch.manual_seed(0)
-    agent = tiny_agent(module, tiny_spec(module, image=True), batch_length=6, batch_size=2)
+    agent = tiny_agent(module, tiny_spec(module, image=True), batch_length=6, batch_size=2,
+                       depth=8)
     batch = tiny_batch(module, agent)
     batch.is_first[1:] = False
     video = module.open_loop(agent, batch, 3)

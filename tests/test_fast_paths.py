@@ -12,7 +12,7 @@ from conftest import ROOT, SCRIPTS
 
 import dreamer_v2
 import dreamer_v3
-from tests.tiny import has_flag, tiny_args, tiny_batch, tiny_spec
+from tests.tiny import has_flag, tiny_args, tiny_batch, tiny_spec, update
 
 WIDE = dict(deter=64, hidden=48, units=48, stoch=8, classes=8, depth=8, mlp_units=48, batch_size=16,
             batch_length=16)
@@ -23,7 +23,7 @@ def first_losses(module, image: bool, **flags) -> dict[str, float]:
     torch.manual_seed(3)
     spec = tiny_spec(module, discrete=image, image=image, vector=0 if image else 6)
     agent = module.Agent(tiny_args(module, image, **flags), spec, torch.device("cpu"))
-    metrics = agent.train_step(tiny_batch(module, agent), agent.zero_state(agent.args.batch_size))
+    metrics = update(module, agent, tiny_batch(module, agent))
     return {name: float(value) for name, value in metrics.items() if name.startswith("loss/")}
 
 
@@ -87,16 +87,15 @@ def test_an_update_never_waits_for_the_device(name, discrete, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **flags: contextlib.nullcontext())
     agent = script.Agent(tiny_args(script, discrete),
                          tiny_spec(script, discrete, image=True), meta)
-    batch = script.Batch(*(x.to(meta) for x in tiny_batch(script, agent)))
-    before = agent.zero_state(agent.args.batch_size)
+    batch = script.Batch(*(x if x is None else x.to(meta) for x in tiny_batch(script, agent)))
     for _ in range(2):
-        metrics = agent.train_step(batch, before)
+        metrics = update(script, agent, batch)
     assert {value.device for value in metrics.values()} == {meta} and len(metrics) >= 12
     with pytest.raises(RuntimeError, match="device"):
-        agent.train_step(batch._replace(reward=torch.zeros(batch.reward.shape)), before)
+        update(script, agent, batch._replace(reward=torch.zeros(batch.reward.shape)))
     monkeypatch.setattr(script, "centre", lambda image: image / image.max().item())
     with pytest.raises(RuntimeError, match="item"):
-        agent.train_step(batch, before)
+        update(script, agent, batch)
 
 
 def test_compiling_loads_what_it_configures():

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 import dreamer_v1 as d1
 import dreamer_v2 as d2
 import dreamer_v3 as d3
-from tests.tiny import grad_of, has_flag, tiny_agent, tiny_args, tiny_batch, tiny_spec
+import dreamer_v3_2025 as d4
+from tests.tiny import (grad_of, has_flag, tiny_agent, tiny_args, tiny_batch, tiny_spec,
+                        update)
 
 close = torch.testing.assert_close
 
@@ -108,6 +110,7 @@ def test_free_nats_of_v1_and_v2_are_those_of_the_mean(script):
 
 @pytest.mark.parametrize("how, expected", [
     ("none", [-3.0, 0.5, 2.0]), ("tanh", np.tanh([-3.0, 0.5, 2.0])), ("clip", [-1.0, 0.5, 1.0])])
+@pytest.mark.parametrize("module", [d1, d2, d3])  # the revision learns them as they are
 def test_rewards_that_are_learnt(module, how, expected):
     """No fixture has `clip`, and none of V3 squashes rewards."""
     scale = {"beta_pred": 1.0} if has_flag(module, "beta_pred") else {}
@@ -140,14 +143,16 @@ def imagined(module, agent):
     return found if isinstance(found, tuple) else (found,)  # V1: the features alone
 
 
-@pytest.mark.parametrize("script", [d2, d3])
-def test_discrete_imagination_carries_no_gradient(script):
-    agent = tiny_agent(script)
+@pytest.mark.parametrize("script, discrete", [(d2, True), (d3, True), (d4, True), (d4, False)])
+def test_imagination_for_reinforce_carries_no_gradient(script, discrete):
+    """[V2-4] [R-9]"""
+    agent = tiny_agent(script, tiny_spec(script, discrete))
     feat, action, raw = imagined(script, agent)
     assert not feat.requires_grad and not action.requires_grad
     assert reaches(raw, agent.actor) and not reaches(raw, agent.world_model)
 
 
+@pytest.mark.parametrize("module", [d1, d2, d3])  # [R-9] not in the revision
 def test_continuous_actor_learns_through_the_dynamics(module):
     """But sees detached states: it must not learn to bend them."""
     agent, seen = tiny_agent(module, tiny_spec(module, discrete=False)), []
@@ -168,6 +173,7 @@ def test_actor_of_v1_learns_through_its_actions_alone():
         assert not reaches(imagined(d1, agent)[0], agent.actor)
 
 
+@pytest.mark.parametrize("module", [d1, d2, d3])  # [R-13] the revision has one loss
 @pytest.mark.parametrize("discrete", [True, False])
 def test_losses_of_actor_and_critic_leave_the_world_model_alone(module, discrete):
     """And that of the actor leaves the critic alone."""
@@ -233,7 +239,10 @@ def test_what_v3_makes_of_a_doubtful_end():
 
 def test_optimizer_goes_on_from_its_state(module):
     def optimizer_of(param):
-        optimizer = module.Optimizer(nn.ParameterList([param]), 0.1, 1e-5, 1.0)
+        params = nn.ParameterList([param])
+        if module is d4:
+            return module.Optimizer(params, tiny_args(d4, warmup=9))
+        optimizer = module.Optimizer(params, 0.1, 1e-5, 1.0)
         if module is d2:
             optimizer.decay = 0.01
         return optimizer
@@ -268,11 +277,13 @@ def test_an_update_at_any_size(module, sizes, discrete, parts, actions):
     """Down to one of everything; with every loss finite, every part learns."""
     known = {name: value for name, value in sizes.items() if has_flag(module, name)}
     spec = tiny_spec(module, discrete, parts != "vector", 0 if parts == "image" else 2)
+    if module is d4:
+        known |= {"blocks": 1, "bins": known["bins"] // 2 * 2 + 1}
     agent = tiny_agent(module, replace(spec, action_dim=actions), **known)
-    rows = agent.args.batch_size
-    metrics = agent.train_step(tiny_batch(module, agent), agent.zero_state(rows))
+    metrics = update(module, agent, tiny_batch(module, agent))
     assert all(value.isfinite() for value in metrics.values()), metrics
-    assert metrics["grad_norm/model"] > 0 < metrics["grad_norm/critic"]
+    parts = ["all"] if module is d4 else ["model", "critic"]
+    assert all(metrics[f"grad_norm/{part}"] > 0 for part in parts)
 
 
 def test_random_actions_are_uniform():

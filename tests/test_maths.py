@@ -317,11 +317,12 @@ def test_layers_of_v1_and_v2_are_glorot_uniform_and_biases_zero(script):
 def test_layers_of_v3_before_a_norm_have_no_bias_and_initial_state_is_zero():
     """Facts 1, 30 and 31."""
     model = tiny_agent(d3, tiny_spec(d3, image=True)).world_model
+    last = len(model.decoder.cnn) - 1
     norms = {name for name, part in model.named_modules() if isinstance(part, nn.LayerNorm)}
     biases = {name for name, _ in model.named_parameters()
               if name.endswith(".bias") and name.rpartition(".")[0] not in norms}
     assert biases == {f"{name}.bias" for name in (
-        "rssm.img_stats", "rssm.obs_stats", "decoder.cnn_in", "decoder.cnn.0",
+        "rssm.img_stats", "rssm.obs_stats", "decoder.cnn_in", f"decoder.cnn.{last}",
         "decoder.vector_head.out", "reward_head.out", "cont_head.out")}
     assert all(model.get_submodule(name).eps == 1e-3 for name in norms)
     deter, stoch = model.rssm.initial_state()

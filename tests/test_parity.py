@@ -150,7 +150,8 @@ NO_MATTER = """action_repeat batch_size buffer_size env_id grayscale learning_st
     pretrain size sticky total_timesteps train_ratio""".split()
 EQUAL = {  # settings whose value here is that of the fixtures, too
     "v1": ["expl_decay", "expl_min", "mlp_layers", "mlp_units"], "v2": ["actor_grad"],
-    "v3": ["actor_grad", "clip_rewards", "cont_mean", "depth", "mlp_layers", "mlp_units"]}
+    "v3": ["actor_grad", "clip_rewards", "cont_mean", "depth", "mlp_layers", "mlp_units"],
+    "v3_2025": ["head_layers", "hidden", "replay_context"]}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -28,7 +28,7 @@ import torch
 from conftest import ROOT, SCRIPTS
 
 from common.spaces import EnvSpec
-from tests.tiny import has_flag, tiny_args
+from tests.tiny import has_flag, tiny_args, update
 
 DIM = r"(?:\d+|\d*[A-Z][0-9]?(?: (?:\*|\+) [A-Z0-9]+| or \d*[A-Z])?)"
 SHAPE = re.compile(rf"\(((?:\.\.\.|{DIM}),? ?(?:, (?:\.\.\.|{DIM}))*,?)\)")
@@ -228,7 +228,7 @@ SPECS = {  # (observation, action) of every kind, together; True: as small as th
 T, B, H, P, CONTEXT = 7, 6, 24, 8, 3
 SIZES = dict(batch_length=T, batch_size=B, imag_horizon=H, num_envs=P, image_size=16, depth=2,
              deter=10, hidden=19, units=13, mlp_units=29, layers=1, mlp_layers=1, stoch=11,
-             classes=12, bins=17)
+             classes=12, bins=17, blocks=2)
 
 
 def model_sizes(args, spec: EnvSpec, embed_dim: int) -> dict:
@@ -262,7 +262,10 @@ def exercise(checker: Checker, spec: EnvSpec, folder) -> None:
     torch.manual_seed(0)
     agent = module.Agent(args, spec, device)
     model = model_sizes(args, spec, agent.world_model.encoder.embed_dim)
-    replay = module.ReplayBuffer(folder, spec, 50, P, 0)
+    latents = {}
+    if has_flag(module, "replay_context"):
+        latents = dict(latents=(args.deter, args.stoch_dim))
+    replay = module.ReplayBuffer(folder, spec, 50, P, 0, **latents)
     starts = T - (module.SCRIPT == "dreamer_v1" and args.pcont)  # which leaves the last ones out
     training = dict(T=T, B=B, N=starts * B, P=P, **model)
     carry = agent.zero_state(P)
@@ -271,11 +274,13 @@ def exercise(checker: Checker, spec: EnvSpec, folder) -> None:
         with checker.sizes(P=P, B=P, T=1, **model):  # acting is a replay of one step
             carry = agent.act(obs, carry, sample=step % 2 == 0)
         with checker.sizes(P=P, **model):
-            replay.add(obs, carry.action.numpy())
+            replay.add(obs, carry.action.numpy(), *([carry] if latents else []))
     with checker.sizes(**training):
         batch = replay.sample(B, T, np.random.default_rng(0))
         for _ in range(2):
-            agent.train_step(batch, agent.zero_state(B))
+            update(module, agent, batch)
+        if latents:
+            replay.refresh(batch, *agent.train_step(batch)[1:])
     batch.is_first[:] = False  # the video is that of a whole sequence
     with checker.sizes(**training | dict(N=B)):
         module.open_loop(agent, batch, CONTEXT)

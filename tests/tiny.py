@@ -12,7 +12,7 @@ from common.spaces import EnvSpec
 PLAIN = dict(
     size="XXS", deter=12, hidden=10, units=9, layers=1, reward_layers=1, pcont_layers=1,
     actor_layers=1, critic_layers=1, depth=2, stoch=3, classes=4, bins=21, mlp_units=9,
-    mlp_layers=1, image_size=8, batch_size=3, batch_length=5, learning_starts=10, pretrain=1,
+    mlp_layers=1, image_size=16, blocks=2, head_layers=1, batch_size=3, batch_length=5, learning_starts=10, pretrain=1,
     train_ratio=15.0, total_timesteps=1000, buffer_size=1000, num_envs=1, action_repeat=1,
     grayscale=False, sticky=0.0, clip_rewards="none", pcont=True, pcont_scale=3.0, model_lr=5e-4,
     actor_lr=2e-4, critic_lr=4e-4, model_eps=2e-6, actor_eps=2e-6, critic_eps=2e-6,
@@ -21,7 +21,8 @@ PLAIN = dict(
     free_bits=0.9, imag_horizon=6, gamma=0.95, return_lambda=0.9, actor_min_std=0.12,
     actor_max_std=1.1, actor_init_std=4.0, actor_entropy=1e-3, actor_grad="auto",
     actor_grad_mix=0.2, slow_every=99, slow_fraction=0.9, cont_mean=False, critic_ema_decay=0.97,
-    critic_ema_regularizer=0.9, return_norm_low=6.0, return_norm_high=94.0, return_norm_limit=0.9,
+    critic_ema_regularizer=0.9, beta_replay=0.4, lr=5e-4, warmup=0, agc=0.5, beta1=0.8, beta2=0.99,
+    eps=1e-12, actor_unimix=0.03, return_norm_low=6.0, return_norm_high=94.0, return_norm_limit=0.9,
     return_norm_decay=0.98, expl_amount=0.2, expl_min=0.0, expl_decay=0.0, amp="off", cuda=False)
 
 
@@ -74,6 +75,13 @@ def tiny_batch(module, agent, **changes):
     is_first[0] = True
     return module.Batch(image, vector, action, torch.randn(lead), is_first,
                         torch.rand(lead) < 0.2)._replace(**changes)
+
+
+def update(module, agent, batch) -> dict[str, torch.Tensor]:
+    """Metrics of `Agent.train_step`. The revision of 2025 takes its carry out of the batch."""
+    if has_flag(module, "replay_context"):
+        return agent.train_step(batch)[0]
+    return agent.train_step(batch, agent.zero_state(batch.reward.shape[1]))
 
 
 def grad_of(output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
