@@ -790,7 +790,7 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
 
 
 def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_: float) -> Tensor:
-    """Lambda-returns of imagined trajectories, one per step, (H, N); in V1 a step less.
+    """Lambda-returns of imagined trajectories, one per step: (H, N), or (G, N) in V1.
 
         R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
 

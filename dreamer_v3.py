@@ -54,7 +54,7 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     v'_t  slow_value      sg()  .detach()    q(z|h,x)  post    p(z|h)  prior
     Dimension key
     T  replay time, 64     B  batch, 16     N = T * B  imagination starts, 1024     (size S, Atari)
-    H  imagination horizon, 15     H1  H + 1     A  action, 9     P  environments, 1
+    H  imagination horizon, 15     H1  H + 1     G  H - 1     A  action, 9     P  environments, 1
     E  embedding, 4096     D  deterministic state, 512     S, K  latents and classes, 32 each
     Z = S * K  stochastic state, 1024     F = D + Z  feature, 1536     U  hidden units, 512
     M  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3
@@ -924,7 +924,7 @@ def imagine(model: WorldModel, actor: Actor, deter: Tensor, stoch: Tensor,
 
 
 def lambda_return(reward: Tensor, discount: Tensor, next_value: Tensor, lambda_: float) -> Tensor:
-    """Lambda-returns of imagined trajectories, one per step, (H, N); in V1 a step less.
+    """Lambda-returns of imagined trajectories, one per step: (H, N), or (G, N) in V1.
 
         R_t = reward_t + discount_t ((1 - lambda) next_value_t + lambda R_{t+1})
 

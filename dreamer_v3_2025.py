@@ -97,9 +97,9 @@ far as we recall it.
             are written back. 2023: windows start blind, with zeros, in the middle of an episode.
     [R-16]  the newest windows are replayed first, each once: nothing waits for its first use.
     [R-17]  the untrained policy acts first (2023: random actions); it is close to uniform.
-    [R-18]  sizes by one width. Default 12M, as in the code's Atari-100k runs (paper: 200M).
-            Replay ratio 256 is the code's (paper: 128). DeepMind Control: action repeat 2 and ratio
-            512 are the paper's (code: 1; 1024 for vectors, 256 for images).
+    [R-18]  sizes by one width. Paper and code take 200M for Atari 100k; our default, 12M, is for
+            one machine. Replay ratio 256 is the code's (paper: 128). DeepMind Control: action
+            repeat 2 and ratio 512 are the paper's (code: 1; 1024 for vectors, 256 for images).
     [R-19]  initialisers: truncated normal, variance 1 / fan in (2023: mean of both fans, uniform).
 From 2023 on: 1% uniform mixture, free bits, symlog, percentile scale. Tags [V1-n], [V2-n], [V3-n]
 are explained in the script of that version.
