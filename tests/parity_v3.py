@@ -10,8 +10,7 @@ from torch import Tensor
 import dreamer_v3 as d3
 from common.spaces import EnvSpec
 from tests import parity
-from tests.parity import (Fixture, Report, batch_major, compare, gradient, per_step, recorder,
-                          shipped_losses)
+from tests.parity import (Fixture, Report, batch_major, compare, gradient, per_step, recorder, shipped_losses)
 from tests.tiny import plain_args
 
 IGNORED = {
@@ -58,28 +57,23 @@ class Twin(parity.Twin):
     sized_classes = {"Encoder": "encoder", "Decoder": "decoder"}
 
     def observations(self) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(self.fixture.meta["obs"][key][0])
-                for key in self.fixture.meta["obs_order"]}
+        return {key: tuple(self.fixture.meta["obs"][key][0]) for key in self.fixture.meta["obs_order"]}
 
     def make_args(self) -> d3.Args:
         c, scales = self.config, self.predictions()
         return plain_args(
-            d3, image_size=(self.spec.image_shape or (64,))[0],
-            batch_size=self.rows, batch_length=self.length, imag_horizon=c["imag_horizon"],
-            units=c["actor.units"], layers=c["actor.layers"], bins=c["critic.bins"],
-            deter=c["rssm.deter"], hidden=c["rssm.units"], stoch=c["rssm.stoch"],
-            classes=c["rssm.classes"], unimix=c["rssm.unimix"],
-            beta_pred=scales["reward"] if len(set(scales.values())) == 1 else 1.0,
-            beta_dyn=c["loss_scales.dyn"], beta_rep=c["loss_scales.rep"],
-            free_bits=c["dyn_loss.free"], gamma=1 - 1 / c["horizon"],
+            d3, image_size=(self.spec.image_shape or (64,))[0], batch_size=self.rows,
+            batch_length=self.length, imag_horizon=c["imag_horizon"], units=c["actor.units"],
+            layers=c["actor.layers"], bins=c["critic.bins"], deter=c["rssm.deter"], hidden=c["rssm.units"],
+            stoch=c["rssm.stoch"], classes=c["rssm.classes"], unimix=c["rssm.unimix"], beta_pred=scales[
+                "reward"] if len(set(scales.values())) == 1 else 1.0, beta_dyn=c["loss_scales.dyn"],
+            beta_rep=c["loss_scales.rep"], free_bits=c["dyn_loss.free"], gamma=1 - 1 / c["horizon"],
             return_lambda=c["return_lambda"], critic_ema_decay=1 - c["slow_critic_fraction"],
-            critic_ema_regularizer=c["loss_scales.slowreg"],
-            return_norm_low=c["retnorm.perclo"], return_norm_high=c["retnorm.perchi"],
-            return_norm_limit=1 / c["retnorm.max"], return_norm_decay=c["retnorm.decay"],
-            actor_entropy=c["actent"], actor_min_std=c["actor.minstd"],
-            actor_max_std=c["actor.maxstd"],
-            **{f"{ours}_{key}": c[f"{ours}_opt.{key}"]
-               for ours in ("model", "actor", "critic") for key in ("lr", "eps", "clip")})
+            critic_ema_regularizer=c["loss_scales.slowreg"], return_norm_low=c["retnorm.perclo"],
+            return_norm_high=c["retnorm.perchi"], return_norm_limit=1 / c["retnorm.max"],
+            return_norm_decay=c["retnorm.decay"], actor_entropy=c["actent"], actor_min_std=c["actor.minstd"],
+            actor_max_std=c["actor.maxstd"], **{f"{ours}_{key}": c[f"{ours}_opt.{key}"] for ours in (
+                "model", "actor", "critic") for key in ("lr", "eps", "clip")})
 
     def predictions(self) -> dict[str, float]:
         """Their loss scales that are one `beta_pred` in ours."""
@@ -104,17 +98,15 @@ class Twin(parity.Twin):
     def carry(self, n: int) -> d3.State:
         """The state that update `n` starts from."""
         prefix = f"step{n}/carry_in/"
-        return d3.State(self.fixture.tensor(prefix + "latent/deter"),
-                        self.fixture.tensor(prefix + "latent/stoch").flatten(-2),
-                        self.fixture.tensor(prefix + "action"))
+        return d3.State(self.fixture.tensor(prefix + "latent/deter"), self.fixture.tensor(
+            prefix + "latent/stoch").flatten(-2), self.fixture.tensor(prefix + "action"))
 
     # -------------------------------------------------------- loss scales that are one flag in ours
     def scaled_model(self, result, call):
         """World model, and the free bits of the representation loss."""
         if self.config["rep_loss.free"] != self.args.free_bits:
             other = replace(self.args, free_bits=self.config["rep_loss.free"])
-            result[0]["rep"] = self.shipped_loss(call.model, call.batch, call.carry,
-                                                 other)[0]["rep"]
+            result[0]["rep"] = self.shipped_loss(call.model, call.batch, call.carry, other)[0]["rep"]
         result = super().scaled_model(result, call)
         call.parts = self.term_gradients(call.scaled)
         return result
@@ -148,8 +140,7 @@ class Twin(parity.Twin):
     def check_acting(self) -> None:
         """Online acting on the observations of batch 1, with the initial weights."""
         for t, _, state, latent in self.acted(self.fixture.numbered("policy/t")):
-            policy = self.agent.actor.policy(self.agent.actor(torch.cat([state.deter, state.stoch],
-                                                                        -1)))
+            policy = self.agent.actor.policy(self.agent.actor(torch.cat([state.deter, state.stoch], -1)))
             self.compare_all(f"policy/t{t}/", {
                 "action": state.action, "deter": state.deter, "stoch": self.groups(state.stoch),
                 "logit": latent.logits, "log_entropy": policy.entropy()})
@@ -160,8 +151,7 @@ class Twin(parity.Twin):
             before = self.probe(batch, carry)
         after = {"world_model_loss": self.scaled_model, "actor_loss": self.scaled_actor,
                  "critic_loss": self.scaled_critic}
-        call = self.recorded(batch, carry, after, lambda log: [recorder(log, d3.ReturnScale,
-                                                                        "update")])
+        call = self.recorded(batch, carry, after, lambda log: [recorder(log, d3.ReturnScale, "update")])
         self.check_world_model(n, call, before, batch)
         self.check_imagination(n, call, before)
         self.check_actor(n, call)
@@ -198,12 +188,10 @@ class Twin(parity.Twin):
         """Posterior, prior, heads, and every loss term."""
         fixture, prefix, args = self.fixture, f"step{n}/wm/", self.args
         losses, deter, stoch, _ = call.world_model_loss.result
-        ours = before | {"post_deter": batch_major(deter),
-                         "post_stoch": batch_major(self.groups(stoch))}
+        ours = before | {"post_deter": batch_major(deter), "post_stoch": batch_major(self.groups(stoch))}
         for name, value in ours.items():
             wide = name == "reward_mean" or name.startswith("recon_mode")  # outputs of symexp
-            self.compare(prefix + name, value, scale=value.abs().clamp(min=1).cpu().numpy() if wide
-                         else None)
+            self.compare(prefix + name, value, scale=value.abs().clamp(min=1).cpu().numpy() if wide else None)
 
         names = {"reward": ["reward"], "cont": ["cont"], "dyn": ["dyn"], "rep": ["rep"],
                  "image": self.images, "vector": self.vectors}
@@ -234,9 +222,8 @@ class Twin(parity.Twin):
         returns, value = call.lambda_return, self.value_all(call)
         steps = slice(0, self.args.imag_horizon)
         self.compare_all(prefix, {name: order(x) for name, x in {
-            "deter": deter, "stoch": self.groups(stoch), "reward": returns.reward,
-            "ret": returns.result, "base": value[:-1], "value_all": value,
-            "cont_logit": model.cont(feat).logit}.items()})
+            "deter": deter, "stoch": self.groups(stoch), "reward": returns.reward, "ret": returns.result,
+            "base": value[:-1], "value_all": value, "cont_logit": model.cont(feat).logit}.items()})
         # Theirs has the recorded flag of the start and the head's of the others.
         alive = (~call.world_model_loss.batch.is_terminal).float().flatten()[None]
         self.compare(prefix + "cont", order(torch.cat([alive, returns.discount / self.args.gamma])))
@@ -259,8 +246,7 @@ class Twin(parity.Twin):
         self.compare_all(f"retnorm_after{n}/", {"low": low, "high": high})
         scaled = args.weight * self.config["loss_scales.actor"]
         elements = scaled * per_step(d3.actor_loss, args)
-        normed_return, normed_base = ((x - low).detach() / args.scale
-                                      for x in (args.ret, args.baseline))
+        normed_return, normed_base = ((x - low).detach() / args.scale for x in (args.ret, args.baseline))
         self.compare_all(prefix, {name: order(x) for name, x in {
             "normed_return": normed_return, "normed_base": normed_base,
             "policy_logprob": args.policy.log_prob(args.action.detach()),
@@ -279,9 +265,8 @@ class Twin(parity.Twin):
         scaled = args.weight * self.config["loss_scales.critic"]
         self.compare_all(prefix, {name: order(x) for name, x in {
             "target": args.ret, "slow_value": args.slow_value,
-            "nll": -args.value_dist.log_prob(args.ret.detach()),
-            "slowreg": -args.value_dist.log_prob(args.slow_value),
-            "loss_elem": scaled * per_step(d3.critic_loss, args)}.items()})
+            "nll": -args.value_dist.log_prob(args.ret.detach()), "slowreg": -args.value_dist.log_prob(
+                args.slow_value), "loss_elem": scaled * per_step(d3.critic_loss, args)}.items()})
         self.compare(prefix + "loss", args.scaled)
 
     def check_step(self, n, call) -> None:
@@ -289,12 +274,9 @@ class Twin(parity.Twin):
         self.compare(f"step{n}/wm/model_loss", call.model.loss)
         for name, theirs in (("model", "wm"), ("actor", "actor"), ("critic", "critic")):
             self.check_gradients(f"step{n}/{theirs}/grad/", call, name)
-        theirs = {"grad_norm/model": "model_opt_grad_norm",
-                  "grad_norm/actor": "actor_opt_grad_norm",
-                  "grad_norm/critic": "extr_critic_critic_opt_grad_norm",
-                  "loss/model": "model_opt_loss",
-                  "loss/critic": "extr_critic_critic_opt_loss",
-                  "actor/entropy": "policy_entropy_mean",
+        theirs = {"grad_norm/model": "model_opt_grad_norm", "grad_norm/actor": "actor_opt_grad_norm",
+                  "grad_norm/critic": "extr_critic_critic_opt_grad_norm", "loss/model": "model_opt_loss",
+                  "loss/critic": "extr_critic_critic_opt_loss", "actor/entropy": "policy_entropy_mean",
                   "imagined/return": "extr_return_raw_mean", "imagined/reward": "extr_reward_mean",
                   "latent/post_entropy": "post_ent_mean", "latent/prior_entropy": "prior_ent_mean"}
         for ours, key in theirs.items():
@@ -305,8 +287,7 @@ class Twin(parity.Twin):
     def check_optimizers(self, after: str) -> None:
         """Adam's moments and the counters after the last update."""
         fixture, agent = self.fixture, self.agent
-        opts = {"model_opt": agent.model_opt, "actor_opt": agent.actor_opt,
-                "critic_opt": agent.critic_opt}
+        opts = {"model_opt": agent.model_opt, "actor_opt": agent.actor_opt, "critic_opt": agent.critic_opt}
         state = {param: values for opt in opts.values() for param, values in opt.adam.state.items()}
         for start, name in (("adam_mu", "exp_avg"), ("adam_nu", "exp_avg_sq")):
             if fixture.under(start + after):
@@ -315,8 +296,7 @@ class Twin(parity.Twin):
         for key in (prefix + key for prefix in ("adam_count" + after, "opt" + after)
                     for key in fixture.under(prefix)):
             opt = next(opt for name, opt in opts.items() if f"/{name}/" in key)
-            self.compare(key, np.max([float(values["step"]) for values in opt.adam.state.values()]),
-                         "exact")
+            self.compare(key, np.max([float(values["step"]) for values in opt.adam.state.values()]), "exact")
         for key in fixture.under("slow_updates" + after):
             self.compare("slow_updates" + after + key, agent.updates, "exact")
 
@@ -370,9 +350,8 @@ def math_one_hot(report: Report, fixture: Fixture) -> None:
     compare(report, fixture, "onehot/", {
         "unimix_logit_p": p.logits, "unimix_logit_q": q.logits, "entropy_p": entropy,
         "log_prob_p": p.log_prob(fixture.tensor("onehot/value")).sum(-1), "sample_rule_p": sample,
-        "mode_p": p.mode().unflatten(-1, (groups, -1)), "kl_p_q": p.kl(q), "kl_q_p": q.kl(p)},
-        {"st_grad_raw_p": gradient(weighted, raw_p)[0], "entropy_grad_raw_p": gradient(entropy,
-                                                                                       raw_p)[0]})
+        "mode_p": p.mode().unflatten(-1, (groups, -1)), "kl_p_q": p.kl(q), "kl_q_p": q.kl(p)}, {
+            "st_grad_raw_p": gradient(weighted, raw_p)[0], "entropy_grad_raw_p": gradient(entropy, raw_p)[0]})
 
 
 def math_kl(report: Report, fixture: Fixture) -> None:
@@ -383,8 +362,7 @@ def math_kl(report: Report, fixture: Fixture) -> None:
     losses = shipped_losses(d3, args, raw[0].shape[:-2], post, prior)
     total = (meta["dyn_scale"] * losses["dyn"] + meta["rep_scale"] * losses["rep"]).mean()
     compare(report, fixture, "klloss/", {"dyn": losses["dyn"], "rep": losses["rep"],
-                                         "total_mean": total,
-                                         "kl_before_free": post.kl(prior)},
+                                         "total_mean": total, "kl_before_free": post.kl(prior)},
             dict(zip(("grad_raw_post", "grad_raw_prior"), gradient(total, *raw))))
 
 
@@ -399,9 +377,8 @@ def math_returns(report: Report, fixture: Fixture) -> None:
 def math_return_scale(report: Report, fixture: Fixture) -> None:
     """Successive updates of the return scale."""
     meta = fixture.meta["retnorm"]
-    scale = d3.ReturnScale(plain_args(
-        d3, return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
-        return_norm_limit=1 / meta["max"], return_norm_decay=meta["decay"]))
+    scale = d3.ReturnScale(plain_args(d3, return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
+                                      return_norm_limit=1 / meta["max"], return_norm_decay=meta["decay"]))
     found = {"low_state": [], "high_state": [], "invscale": [], "offset": []}
     for ret in fixture.tensor("moments/x"):
         found["invscale"].append(scale.update(ret))
@@ -423,12 +400,11 @@ def math_gaussian(report: Report, fixture: Fixture) -> None:
     mean, std = (fixture.leaf(f"actor_normal/raw_{key}") for key in ("mean", "std"))
     policy = actor(fixture, mean.shape[-1], False).policy(torch.cat([mean, std], -1))
     log_prob, entropy = policy.log_prob(fixture.tensor("actor_normal/action")), policy.entropy()
-    compare(report, fixture, "actor_normal/", {
-        "mean": policy.mean, "std": policy.std, "log_prob": log_prob, "entropy": entropy,
-        "mode": policy.mode(), "sample_rule": policy.sample()},
-        {"dlogprob_draw_mean": gradient(log_prob, mean)[0],
-         "dlogprob_draw_std": gradient(log_prob, std)[0],
-         "dentropy_draw_std": gradient(entropy, std)[0]})
+    compare(report, fixture,
+            "actor_normal/", {"mean": policy.mean, "std": policy.std, "log_prob": log_prob,
+                              "entropy": entropy, "mode": policy.mode(), "sample_rule": policy.sample()},
+            {"dlogprob_draw_mean": gradient(log_prob, mean)[0],
+             "dlogprob_draw_std": gradient(log_prob, std)[0], "dentropy_draw_std": gradient(entropy, std)[0]})
 
 
 def math_actor_one_hot(report: Report, fixture: Fixture) -> None:
@@ -451,8 +427,7 @@ def math_predictions(report: Report, fixture: Fixture) -> None:
             {"dlogprob_dpred": gradient(log_prob, pred)[0]})
 
     pred, target = (fixture.tensor(f"mse_image/{key}") for key in ("pred", "target"))
-    found = shipped_losses(d3, args, pred.shape[:2], image=target * 255,
-                           predicted=pred - 0.5)["image"]
+    found = shipped_losses(d3, args, pred.shape[:2], image=target * 255, predicted=pred - 0.5)["image"]
     compare(report, fixture, "mse_image/", {"log_prob": -found})
 
     flag = d3.Bernoulli(fixture.tensor("bernoulli/logit"))

@@ -113,22 +113,21 @@ class Twin(parity.Twin):
         blocks, bins = {c["dyn.rssm.blocks"], c["dec.simple.bspace"]}, {c["rewhead.bins"], c["value.bins"]}
         if any(len(sizes) > 1 for sizes in (units, layers, heads, depths, blocks, bins)):
             raise Mismatch("networks differ in their sizes; ours have one for all")
-        return d.Args(
-            size="1M", amp="off", seed=0, image_size=(self.spec.image_shape or (64,))[0],
-            batch_size=self.rows, batch_length=self.length - 1, imag_horizon=c["imag_length"],
-            deter=c["dyn.rssm.deter"], hidden=c["dyn.rssm.hidden"], stoch=c["dyn.rssm.stoch"],
-            classes=c["dyn.rssm.classes"], unimix=c["dyn.rssm.unimix"], blocks=blocks.pop(), bins=bins.pop(),
-            units=units.pop(), layers=layers.pop(), head_layers=heads.pop(), depth=depths.pop(),
-            beta_pred=scales["rew"] if len(set(scales.values())) == 1 else 1.0,
-            beta_dyn=c["loss_scales.dyn"], beta_rep=c["loss_scales.rep"], beta_replay=c["loss_scales.repval"],
-            free_bits=c["dyn.rssm.free_nats"], gamma=1 - 1 / c["horizon"],
-            return_lambda=c["imag_loss.lam"], critic_ema_decay=1 - c["slowvalue.rate"],
-            critic_ema_regularizer=c["imag_loss.slowreg"],
-            return_norm_low=c["retnorm.perclo"], return_norm_high=c["retnorm.perchi"],
-            return_norm_limit=c["retnorm.limit"], return_norm_decay=1 - c["retnorm.rate"],
-            actor_entropy=c["imag_loss.actent"], actor_min_std=c["policy.minstd"],
-            actor_max_std=c["policy.maxstd"], lr=c["opt.lr"], warmup=c["opt.warmup"], agc=c["opt.agc"],
-            beta1=c["opt.beta1"], beta2=c["opt.beta2"], eps=c["opt.eps"])
+        return d.Args(size="1M", amp="off", seed=0, image_size=(self.spec.image_shape or (64,))[0],
+                      batch_size=self.rows, batch_length=self.length - 1, imag_horizon=c["imag_length"],
+                      deter=c["dyn.rssm.deter"], hidden=c["dyn.rssm.hidden"], stoch=c["dyn.rssm.stoch"],
+                      classes=c["dyn.rssm.classes"], unimix=c["dyn.rssm.unimix"], blocks=blocks.pop(),
+                      bins=bins.pop(), units=units.pop(), layers=layers.pop(), head_layers=heads.pop(),
+                      depth=depths.pop(), beta_pred=scales["rew"] if len(set(scales.values())) == 1 else 1.0,
+                      beta_dyn=c["loss_scales.dyn"], beta_rep=c["loss_scales.rep"],
+                      beta_replay=c["loss_scales.repval"], free_bits=c["dyn.rssm.free_nats"],
+                      gamma=1 - 1 / c["horizon"], return_lambda=c["imag_loss.lam"],
+                      critic_ema_decay=1 - c["slowvalue.rate"], critic_ema_regularizer=c["imag_loss.slowreg"],
+                      return_norm_low=c["retnorm.perclo"], return_norm_high=c["retnorm.perchi"],
+                      return_norm_limit=c["retnorm.limit"], return_norm_decay=1 - c["retnorm.rate"],
+                      actor_entropy=c["imag_loss.actent"], actor_min_std=c["policy.minstd"],
+                      actor_max_std=c["policy.maxstd"], lr=c["opt.lr"], warmup=c["opt.warmup"],
+                      agc=c["opt.agc"], beta1=c["opt.beta1"], beta2=c["opt.beta2"], eps=c["opt.eps"])
 
     def predictions(self) -> dict[str, float]:
         """Their loss scales that are one `beta_pred` in ours."""
@@ -407,9 +406,8 @@ class Twin(parity.Twin):
         """Both parts of the critic's loss, and the loss."""
         order, prefix, args = self.start_order, f"step{n}/critic/", call.critic
         weighted = args.weight * per_step(d.critic_loss, args)
-        self.compare_all(prefix, {name: order(x) for name, x in {
-            "nll": -args.value_dist.log_prob(args.ret), "slowreg": -args.value_dist.log_prob(args.slow_value),
-            "loss_elem": weighted}.items()})
+        self.compare_all(prefix, {name: order(x) for name, x in {"nll": -args.value_dist.log_prob(
+            args.ret), "slowreg": -args.value_dist.log_prob(args.slow_value), "loss_elem": weighted}.items()})
         self.compare(prefix + "logits_first", order(args.value_dist.logits[:1])[0])
         self.compare(f"step{n}/loss/value", order(weighted.mean(0)[None])[0].unflatten(0, (self.rows, -1)))
 
