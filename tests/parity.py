@@ -82,9 +82,6 @@ class Fixture:
     def tensor(self, key: str) -> Tensor:
         return torch.from_numpy(np.array(self[key])).to(torch.get_default_device())
 
-    def leaf(self, key: str) -> Tensor:
-        return self.tensor(key).requires_grad_()
-
     def under(self, prefix: str) -> list[str]:
         """Every key below `prefix`, without it."""
         return [key[len(prefix):] for key in self.arrays if key.startswith(prefix)]
@@ -199,7 +196,7 @@ def recorder(log: dict, owner, name: str, after=None) -> tuple[object, str, obje
     def call(*args, **kwargs):
         arguments = signature.bind(*args, **kwargs).arguments
         result = original(*args, **kwargs)
-        log[name] = SimpleNamespace(**arguments, given=arguments, result=result)
+        log[name] = SimpleNamespace(**arguments, given=arguments, result=result, earlier=log.get(name))
         return after(result, log[name]) if after else result
 
     return owner, name, call
@@ -485,18 +482,17 @@ class Twin:
         feat = torch.cat([deter, stoch], -1)
         return embed, deter, stoch, model.rssm.latent(raw), model.rssm.prior(deter), feat
 
-    def recorded(self, batch, carry, after: dict, *more) -> SimpleNamespace:
-        """Run `train_step`; its metrics, the calls of the shipped functions, and each optimiser's
-        part.
+    def recorded(self, given: tuple, after: dict, *more) -> SimpleNamespace:
+        """Run `train_step`: what it returns, calls of shipped functions, each optimiser's part.
 
         `after`: function -> what is done to its result. `more`: further recorders, from a log."""
         log, d = {}, self.script
         names = ("world_model_loss", "imagine", "lambda_return", "actor_loss", "critic_loss")
         with patched(*(recorder(log, d, name, after.get(name)) for name in names), *(
             patch for make in more for patch in make(log)), *optimizer_recorders(log, d.Optimizer)):
-            metrics = self.agent.train_step(batch, carry)
+            returned = self.agent.train_step(*given)
         opts = {name: log.pop(id(getattr(self.agent, f"{name}_opt"))) for name in self.optimizers}
-        return SimpleNamespace(**log, **opts, metrics=metrics)
+        return SimpleNamespace(**log, **opts, returned=returned)
 
     def scaled_model(self, result, call):
         """Loss scales that are no flag of ours, put on the shipped losses."""

@@ -101,7 +101,7 @@ class Twin(parity.Twin):
         batch, carry = self.batch(n), self.carry(n)
         with torch.no_grad():
             before = self.probe(batch, carry)
-        call = self.recorded(batch, carry, {"world_model_loss": self.scaled_model,
+        call = self.recorded((batch, carry), {"world_model_loss": self.scaled_model,
                                             "imagine": self.probe_imagination})
         self.check_world_model(n, call, before)
         self.check_behaviour(n, call)

@@ -136,7 +136,7 @@ class Twin(parity.Twin):
         batch, carry = self.batch(n), self.carry(n)
         with torch.no_grad():
             before = self.probe(batch, carry)
-        call = self.recorded(batch, carry, {"world_model_loss": self.scaled_model})
+        call = self.recorded((batch, carry), {"world_model_loss": self.scaled_model})
         _, deter, stoch, _ = call.world_model_loss.result
         self.last = d2.State(deter[-1], stoch[-1], carry.action)
         self.compare_all(f"step{n}/post/", {"deter": batch_major(deter),
