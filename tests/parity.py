@@ -126,13 +126,19 @@ class Report:
             self.fail(name, str(why))
 
     def check_all(self, fixture: Fixture, prefix: str, ours: dict[str, Tensor], kind: str) -> None:
-        """Compare every tensor below `prefix`: a line for the worst one and for each failure."""
-        expected, errors = fixture.under(prefix), {}
+        """Compare every tensor below `prefix`."""
+        expected = fixture.under(prefix)
         if set(expected) != set(ours):
             self.fail(prefix, f"other names: {sorted(set(expected) ^ set(ours))}")
-        for path in set(expected) & set(ours):
+        common = [path for path in expected if path in ours]
+        self.check_worst(prefix, ours, {path: fixture[prefix + path] for path in common}, kind)
+
+    def check_worst(self, prefix: str, ours: dict, expected: dict, kind: str) -> None:
+        """Compare tensors by their names: a line for the worst one and for each failure."""
+        errors = {}
+        for path, array in expected.items():
             try:
-                errors[path] = self.error(ours[path], fixture[prefix + path], kind)
+                errors[path] = self.error(ours[path], array, kind)
             except Mismatch as why:
                 self.fail(prefix + path, str(why))
         if errors:

@@ -64,6 +64,7 @@ class Twin(parity.Twin):
         actor_clip=actor_opt.clip critic_lr=critic_opt.lr critic_eps=critic_opt.eps
         critic_clip=critic_opt.clip"""
     return_scale = ("retnorm_init/low", "retnorm_init/high")
+    scale_names = {"actor": "actor", "critic": "critic"}  # theirs of loss scales
     policy_logits = "logits"  # our name of the logits of a policy that theirs has
     scaled_elements = True  # whether what they call loss_elem has the scale of its loss
 
@@ -116,11 +117,11 @@ class Twin(parity.Twin):
         return result
 
     def scaled_actor(self, result, call):
-        call.scaled = result[0] * self.config["loss_scales.actor"]
+        call.scaled = result[0] * self.config[f"loss_scales.{self.scale_names['actor']}"]
         return call.scaled, result[1]
 
     def scaled_critic(self, result, call):
-        call.scaled = result * self.config["loss_scales.critic"]
+        call.scaled = result * self.config[f"loss_scales.{self.scale_names['critic']}"]
         return call.scaled
 
     def term_gradients(self, losses: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -153,7 +154,7 @@ class Twin(parity.Twin):
         batch = self.batch(n)
         carry = self.carry(n, batch)
         with torch.no_grad():
-            before = self.probe(batch, carry) | self.initial()
+            before = self.probe(batch, carry)
         call = self.train(n, batch, carry)
         self.check_world_model(n, call, before, batch)
         self.check_imagination(n, call, before)
@@ -189,13 +190,11 @@ class Twin(parity.Twin):
             images = (model.decoder.image(feat) + 0.5).tensor_split(channels, -1)
             for key, image in zip(self.images, images):
                 found |= {f"recon_{key}_b0_t0": image[0, 0], f"recon_{key}_lastb_lastt": image[-1, -1]}
+        if initial := getattr(model.rssm, "initial_state", None):
+            deter, stoch = initial()
+            found |= {"initial_deter": deter, "initial_stoch": self.groups(stoch),
+                      "initial_prior_logit": model.rssm.prior(deter).logits}
         return found
-
-    def initial(self) -> dict[str, Tensor]:
-        rssm = self.agent.world_model.rssm
-        deter, stoch = rssm.initial_state()
-        return {"initial_deter": deter, "initial_stoch": self.groups(stoch),
-                "initial_prior_logit": rssm.prior(deter).logits}
 
     def check_terms(self, folder: str, losses: dict[str, Tensor], names: dict[str, list[str]]) -> None:
         """Each loss term without its scale."""
