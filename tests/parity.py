@@ -51,7 +51,7 @@ from torch import Tensor
 
 from common.spaces import EnvSpec
 
-# tests.parity_v3 and its siblings have IGNORED, TOLERANCE, RMS, a Twin and MATH.
+# tests.parity_v3 and its siblings have IGNORED, TOLERANCE, RMS, a Twin and Math.
 VERSIONS = ("v3_2025", "v3", "v2", "v1")
 PARTS = r"_(steps|opt|gradparts|step|params)$"  # X_steps.npz and the like belong to fixture X
 
@@ -294,30 +294,28 @@ class Piece:
             for key, ours in found.items():
                 self.check(key, ours, kind)
 
+    def steps(self, make_optimizer) -> None:
+        """Steps of an optimiser for gradients that are given: loss = <parameter, gradient>."""
+        params = {key: nn.Parameter(self(f"init/{key}")) for key in "ab"}
+        optimizer = make_optimizer(nn.ParameterList(params.values()))
+        for i in range(self.fixture.numbered(self.prefix)):
+            loss = sum((p * self(f"{i}/grad_{key}")).sum() for key, p in params.items())
+            self.check(f"{i}/norm", optimizer.apply(optimizer.grads(loss)))
+            for key, param in params.items():
+                self.check(f"{i}/{key}", param, "parameter")
+
+    def inputs(self, script: ModuleType, flags, rewards: dict[str, str]) -> None:
+        """Images; rewards as the losses see them: their name of a `clip_rewards` -> ours."""
+        self.check("image_out", script.centre(self("image")))
+        reward = self("reward")
+        for theirs, ours in rewards.items():
+            found = shipped_losses(script, flags(clip_rewards=ours), reward.shape, reward=reward)
+            self.check(f"reward_{theirs}", -found["reward"])
+
 
 def element(expected: np.ndarray) -> np.ndarray:
     """Scale of a tensor that spans many orders of magnitude."""
     return np.abs(expected).clip(1)
-
-
-def check_steps(case: Piece, make_optimizer) -> None:
-    """Steps of an optimiser for gradients that are given: loss = <parameter, gradient>."""
-    params = {key: nn.Parameter(case(f"init/{key}")) for key in "ab"}
-    optimizer = make_optimizer(nn.ParameterList(params.values()))
-    for i in range(case.fixture.numbered(case.prefix)):
-        loss = sum((p * case(f"{i}/grad_{key}")).sum() for key, p in params.items())
-        case.check(f"{i}/norm", optimizer.apply(optimizer.grads(loss)))
-        for key, param in params.items():
-            case.check(f"{i}/{key}", param, "parameter")
-
-
-def check_inputs(case: Piece, script: ModuleType, flags, rewards: dict[str, str]) -> None:
-    """Images; rewards as the losses see them: their name of a `clip_rewards` -> ours."""
-    case.check("image_out", script.centre(case("image")))
-    reward = case("reward")
-    for theirs, ours in rewards.items():
-        found = shipped_losses(script, flags(clip_rewards=ours), reward.shape, reward=reward)
-        case.check(f"reward_{theirs}", -found["reward"])
 
 
 def batch_major(x: Tensor) -> Tensor:
@@ -570,16 +568,17 @@ def check_coverage(report: Report, fixture: Fixture, ignored: dict[str, str]) ->
 
 
 def check_fixture(report: Report, fixture: Fixture, version: ModuleType) -> None:
-    """Compare everything in one fixture: an agent's, or single pieces by the version's MATH."""
+    """Compare everything in one fixture: an agent's, or single pieces by the version's Math."""
     report.begin(fixture, version)
     try:
         if fixture.under(version.Twin.init):
             version.Twin(fixture, report).check()
         else:
             with patched(*rule(version.Twin.script)):
-                for prefix, check in version.MATH.items():
-                    if fixture.under(prefix):
-                        check(Piece(report, fixture, prefix))
+                for name in dir(version.Math):
+                    prefix = name.removeprefix("math_") + "/"
+                    if name.startswith("math_") and fixture.under(prefix):
+                        getattr(version.Math(report, fixture, prefix), name)()
         check_coverage(report, fixture, version.IGNORED)
     except Mismatch as why:
         report.fail(fixture.name, str(why))

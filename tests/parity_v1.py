@@ -12,7 +12,7 @@ from torch import Tensor
 import dreamer_v1 as d1
 from common.spaces import EnvSpec
 from tests import parity
-from tests.parity import Piece, batch_major, check_inputs, check_steps, gradient, patched, recorder, shipped_losses
+from tests.parity import Piece, batch_major, gradient, patched, recorder, shipped_losses
 from tests.tiny import plain_args
 
 IGNORED = {
@@ -182,43 +182,6 @@ def flags(**given) -> d1.Args:
                              "clip_rewards": "none", "return_lambda": 0.95, "actor_min_std": 1e-4} | given)
 
 
-def math_returns(case: Piece) -> None:
-    """Lambda-return: what follows from state t stands at index t + 1 of value."""
-    reward, value, cont, bootstrap = map(case, ("reward", "value", "pcont", "bootstrap"))
-    for key in case.under("ret_"):
-        given, _, lambda_ = key.rpartition("lambda")
-        if not given.startswith("axis1"):
-            last = torch.zeros_like(bootstrap) if given == "boot_none_" else bootstrap
-            discount = torch.full_like(cont, 0.99) if given == "pcont0.99_" else cont
-            next_value = torch.cat([value[1:], last[None]])
-            case.check(f"ret_{key}", d1.lambda_return(reward, discount, next_value, float(lambda_)))
-
-
-def math_losses(case: Piece) -> None:
-    """Returns, weights and losses of `Agent.learn`, with heads that say what lam/* says."""
-    reward, value, cont = (case.fixture.tensor(f"lam/{key}") for key in ("reward", "value", "pcont"))
-    (steps, rows), log = reward.shape, {}
-    args = flags(pcont=True, imag_horizon=steps, batch_size=rows, batch_length=2)
-    agent = d1.Agent(args, EnvSpec(None, 1, 1, False), torch.get_default_device())
-    zeros = torch.zeros(2, rows)
-    batch = d1.Batch(None, zeros[..., None], zeros[..., None], zeros, zeros > 1, zeros > 1)
-
-    def head(owner, name, given, make):
-        shipped = getattr(owner, name)
-        return owner, name, lambda self, feat: (
-            make(given[:len(feat)]) if feat.shape[0] >= steps - 1 else shipped(self, feat))
-
-    grads = d1.Optimizer, "grads", lambda self, loss, **_: tuple(map(torch.zeros_like, self.params))
-    with patched(head(d1.WorldModel, "reward", reward, d1.Normal),
-                 head(d1.WorldModel, "discount", cont.logit(), d1.Bernoulli),
-                 head(d1.Critic, "forward", value, d1.Normal), grads,
-                 recorder(log, d1, "actor_loss"), recorder(log, d1, "critic_loss")):
-        agent.learn(batch, agent.zero_state(rows))
-    actor, critic = log["actor_loss"], log["critic_loss"]
-    case.compare({"returns": actor.ret, "discount": actor.weight,
-                  "actor_loss": actor.result, "value_loss": critic.result})
-
-
 def latent(mean: Tensor, std: Tensor) -> d1.Latent:
     """A latent with this deviation; the class itself takes what comes before the softplus."""
     made = d1.Latent.__new__(d1.Latent)
@@ -226,54 +189,87 @@ def latent(mean: Tensor, std: Tensor) -> d1.Latent:
     return made
 
 
-def math_kl(case: Piece) -> None:
-    """KL of normals, and its loss with free nats for the mean: the gradient stops below them."""
-    leaves = {key: case.leaf(key) for key in ("post_mean", "post_std", "prior_mean", "prior_std")}
-    post, prior = (latent(leaves[f"{side}_mean"], leaves[f"{side}_std"]) for side in ("post", "prior"))
-    kl = post.kl(prior)
-    case.compare({"value": kl, "mean": kl.mean(), "entropy_post": post.entropy()})
-    for key in case.under("loss_free"):
-        loss = shipped_losses(d1, flags(free_nats=float(key)), kl.shape, post, prior)["kl"]
-        grads = zip(leaves, gradient(loss, *leaves.values()))
-        case.compare({f"loss_free{key}": loss}, {f"grad_{name}_free{key}": grad for name, grad in grads})
+class Math(Piece):
+    """What is compared below a prefix is in the method of its name."""
 
+    def math_lam(self) -> None:
+        """Lambda-return: what follows from state t stands at index t + 1 of value."""
+        reward, value, cont, bootstrap = map(self, ("reward", "value", "pcont", "bootstrap"))
+        for key in self.under("ret_"):
+            given, _, lambda_ = key.rpartition("lambda")
+            if not given.startswith("axis1"):
+                last = torch.zeros_like(bootstrap) if given == "boot_none_" else bootstrap
+                discount = torch.full_like(cont, 0.99) if given == "pcont0.99_" else cont
+                next_value = torch.cat([value[1:], last[None]])
+                self.check(f"ret_{key}", d1.lambda_return(reward, discount, next_value, float(lambda_)))
 
-def math_likelihoods(case: Piece) -> None:
-    """Log-probabilities of images, rewards and discounts.
+    def math_traj(self) -> None:
+        """Returns, weights and losses of `Agent.learn`, with heads that say what lam/* says."""
+        reward, value, cont = (self.fixture.tensor(f"lam/{key}") for key in ("reward", "value", "pcont"))
+        (steps, rows), log = reward.shape, {}
+        args = flags(pcont=True, imag_horizon=steps, batch_size=rows, batch_length=2)
+        agent = d1.Agent(args, EnvSpec(None, 1, 1, False), torch.get_default_device())
+        zeros = torch.zeros(2, rows)
+        batch = d1.Batch(None, zeros[..., None], zeros[..., None], zeros, zeros > 1, zeros > 1)
 
-    Their library read the discounts, a numpy array here, as integers: 0.99 became 0. In training
-    they are tensors and stay what they are; pcont_logprob of an agent compares those.
-    """
-    image, flag = d1.Normal(case("image_mean")), d1.Bernoulli(case("pcont_logit"))
-    case.compare({"image_logprob": image.log_prob(case("image_target")).sum((-3, -2, -1)),
-                  "reward_logprob": d1.Normal(case("reward_mean")).log_prob(case("reward_target")),
-                  "pcont_logprob": flag.log_prob(case("pcont_target").trunc()), "pcont_mean": flag.mean()})
+        def head(owner, name, given, make):
+            shipped = getattr(owner, name)
+            return owner, name, lambda self, feat: (
+                make(given[:len(feat)]) if feat.shape[0] >= steps - 1 else shipped(self, feat))
 
+        grads = d1.Optimizer, "grads", lambda self, loss, **_: tuple(map(torch.zeros_like, self.params))
+        with patched(head(d1.WorldModel, "reward", reward, d1.Normal),
+                     head(d1.WorldModel, "discount", cont.logit(), d1.Bernoulli),
+                     head(d1.Critic, "forward", value, d1.Normal), grads,
+                     recorder(log, d1, "actor_loss"), recorder(log, d1, "critic_loss")):
+            agent.learn(batch, agent.zero_state(rows))
+        actor, critic = log["actor_loss"], log["critic_loss"]
+        self.compare({"returns": actor.ret, "discount": actor.weight,
+                      "actor_loss": actor.result, "value_loss": critic.result})
 
-def math_actor(case: Piece) -> None:
-    """Policy of continuous actions."""
-    for name in {key.split("/")[0] for key in case.under("init")}:
-        raw = case.leaf("raw")
-        spec = EnvSpec(None, 1, raw.shape[-1] // 2, False)
-        policy = d1.Actor(flags(actor_init_std=float(name)), spec, 1).policy(raw)
+    def math_kl(self) -> None:
+        """KL of normals, and its loss with free nats for the mean: the gradient stops below them."""
+        leaves = {key: self.leaf(key) for key in ("post_mean", "post_std", "prior_mean", "prior_std")}
+        post, prior = (latent(leaves[f"{side}_mean"], leaves[f"{side}_std"]) for side in ("post", "prior"))
+        kl = post.kl(prior)
+        self.compare({"value": kl, "mean": kl.mean(), "entropy_post": post.entropy()})
+        for key in self.under("loss_free"):
+            loss = shipped_losses(d1, flags(free_nats=float(key)), kl.shape, post, prior)["kl"]
+            grads = zip(leaves, gradient(loss, *leaves.values()))
+            self.compare({f"loss_free{key}": loss}, {f"grad_{name}_free{key}": grad for name, grad in grads})
+
+    def math_like(self) -> None:
+        """Log-probabilities of images, rewards and discounts.
+
+        Their library read the discounts, a numpy array here, as integers: 0.99 became 0. In training
+        they are tensors and stay what they are; pcont_logprob of an agent compares those.
+        """
+        image, flag = d1.Normal(self("image_mean")), d1.Bernoulli(self("pcont_logit"))
+        self.compare({"image_logprob": image.log_prob(self("image_target")).sum((-3, -2, -1)),
+                      "reward_logprob": d1.Normal(self("reward_mean")).log_prob(self("reward_target")),
+                      "pcont_logprob": flag.log_prob(self("pcont_target").trunc()), "pcont_mean": flag.mean()})
+
+    def math_actor(self) -> None:
+        """Policy of continuous actions."""
+        for name in {key.split("/")[0] for key in self.under("init")}:
+            raw = self.leaf("raw")
+            spec = EnvSpec(None, 1, raw.shape[-1] // 2, False)
+            policy = d1.Actor(flags(actor_init_std=float(name)), spec, 1).policy(raw)
+            sample = policy.sample()
+            self.below(f"init{name}/").compare({"mean": policy.mean, "std": policy.std, "sample": sample},
+                                               {"dsample_sum_draw": gradient(sample, raw)[0]})
+
+    def math_onehot(self) -> None:
+        """Policy of discrete actions."""
+        raw = self.leaf("logits")
+        policy = d1.Actor(flags(), EnvSpec(None, 1, raw.shape[-1], True), 1).policy(raw)
         sample = policy.sample()
-        case.below(f"init{name}/").compare({"mean": policy.mean, "std": policy.std, "sample": sample},
-                                           {"dsample_sum_draw": gradient(sample, raw)[0]})
+        weighted = (sample * self("weights")).sum()
+        self.compare({"sample_argmax": sample, "probs": policy.probs, "mode": policy.mode()},
+                     {"grad_logits_of_sum_weights_sample": gradient(weighted, raw)[0]})
 
+    def math_pre(self) -> None:
+        self.inputs(d1, flags, {"none": "none", "tanh": "tanh"})
 
-def math_one_hot(case: Piece) -> None:
-    """Policy of discrete actions."""
-    raw = case.leaf("logits")
-    policy = d1.Actor(flags(), EnvSpec(None, 1, raw.shape[-1], True), 1).policy(raw)
-    sample = policy.sample()
-    weighted = (sample * case("weights")).sum()
-    case.compare({"sample_argmax": sample, "probs": policy.probs, "mode": policy.mode()},
-                 {"grad_logits_of_sum_weights_sample": gradient(weighted, raw)[0]})
-
-
-MATH = {
-    "lam/": math_returns, "traj/": math_losses, "kl/": math_kl, "like/": math_likelihoods,
-    "actor/": math_actor, "onehot/": math_one_hot,
-    "pre/": lambda case: check_inputs(case, d1, flags, {"none": "none", "tanh": "tanh"}),
-    "adam/": lambda case: check_steps(case, lambda params: d1.Optimizer(params, 6e-4, 1e-7, 100.0)),
-}
+    def math_adam(self) -> None:
+        self.steps(lambda params: d1.Optimizer(params, 6e-4, 1e-7, 100.0))

@@ -14,7 +14,7 @@ from torch import Tensor
 import dreamer_v2 as d2
 from common.spaces import EnvSpec
 from tests import parity
-from tests.parity import (Piece, batch_major, check_inputs, check_steps, gradient, patched,
+from tests.parity import (Piece, batch_major, gradient, patched,
                           per_step, recorder, shipped_losses)
 from tests.tiny import plain_args
 
@@ -265,91 +265,6 @@ def flags(**given) -> d2.Args:
     return plain_args(d2, **{"return_lambda": 0.95, "actor_min_std": 0.1} | given)
 
 
-def math_kl(case: Piece) -> None:
-    """KL balancing with free nats: the rows of `combos` that are as ours."""
-    post, prior = case.leaf("post_logit"), case.leaf("prior_logit")
-    p, q = (d2.Latent(raw.flatten(-2), raw.shape[2]) for raw in (post, prior))
-    case.compare({"value_forward_False": p.kl(q), "entropy_post": p.entropy()})
-    combos = enumerate(case.fixture[case.prefix + "combos"])
-    for row, (forward, balance, free, average, loss, value, *norms) in combos:
-        if forward or balance == 0.5 or (not average and free):
-            continue
-        args = flags(kl_scale=1.0, kl_balance=round(float(balance), 6), free_nats=float(free))
-        ours = shipped_losses(d2, args, post.shape[:2], p, q)["kl"]
-        name = f"kl/combos[{row}] (balance {balance:.1f}, free {free:.4g})"
-        case.report.check(name, torch.stack([ours, p.kl(q).mean()]), [loss, value])
-        for side, grad, norm in zip(("post", "prior"), gradient(ours, post, prior), norms):
-            case.report.check(f"{name} gradient norm, {side}", grad.norm(), norm, "gradient")
-            case.check(f"combo{row}/grad_{side}_logit", grad, "gradient")
-
-
-def math_one_hot(case: Piece) -> None:
-    """Latents: log-probability, entropy, straight-through sample."""
-    raw = case.leaf("logits")
-    groups = raw.shape[-2]
-    latent = d2.Latent(raw.flatten(-2), groups)
-    sample, mode = (x.unflatten(-1, (groups, -1)) for x in (latent.sample(), latent.mode()))
-    weighted = (sample * case("weights")).sum()
-    case.compare({"sample_argmax": sample, "mode": mode, "entropy": latent.entropy(),
-                  "logprob": latent.log_prob(case("event")).sum(-1)},
-                 {"grad_of_sum_weights_sample": gradient(weighted, raw)[0]})
-
-
-def math_returns(case: Piece) -> None:
-    """Lambda-return: what follows from state t stands at index t + 1 of value."""
-    next_value = torch.cat([case("value")[1:], case("bootstrap")[None]])
-    for key in case.under("ret_lambda"):
-        ours = d2.lambda_return(case("reward"), case("disc"), next_value, float(key))
-        case.check(f"ret_lambda{key}", ours)
-
-
-def math_inputs(case: Piece) -> None:
-    """And discounts as the losses see them."""
-    check_inputs(case, d2, flags, {"identity": "none", "tanh": "tanh"})
-    terminal = case("is_terminal")
-    for key in case.under("discount_out_gamma"):
-        args = flags(gamma=float(key), pcont=True, pcont_scale=1.0)
-        found = shipped_losses(d2, args, terminal.shape, terminal=terminal)
-        case.check(f"discount_out_gamma{key}", -found["discount"])
-
-
-def math_objectives(case: Piece) -> None:
-    """Losses of actor and critic, for features, rewards, discounts and actions that are given."""
-    feat, weight, reward, discount = (
-        case.fixture.tensor(f"obj/{key}") for key in ("feat", "weight", "reward", "discount"))
-    weights = {net: {key: case(f"param/{net}/{key}") for key in case.under(f"param/{net}/")}
-               for net in ("actor", "critic", "target_critic")}
-    units, layers = weights["critic"]["out/out/kernel"].shape[0], len(weights["critic"]) // 2 - 1
-    args = flags(units=units, layers=layers, actor_entropy=float(case("actor_ent_scale")),
-                 actor_grad_mix=float(case("actor_grad_mix")))
-    spec = EnvSpec(None, 1, case("action").shape[-1], "onehot" in case.prefix)
-    width = feat.shape[-1]
-    nets = {"actor": d2.Actor(args, spec, width), "critic": d2.Critic(args, width),
-            "target_critic": d2.Critic(args, width)}
-    params = {name: filled(net, weights[name]) for name, net in nets.items()}
-
-    def check_gradients(key, loss, params):
-        """In their layout; linear kernels are (in, out)."""
-        found = {name: grad.t() for name, grad in zip(params, gradient(loss, *params.values()))}
-        case.report.check_all(case.fixture, case.prefix + key, found, "gradient")
-
-    value = nets["target_critic"](feat).mean()
-    ret = d2.lambda_return(reward[:-1], discount[:-1], value[1:], args.return_lambda)
-    case.compare({"value_slow": value, "target": ret})
-    for kind in ("dynamics", "reinforce", "both"):
-        mix = d2.Actor(replace(args, actor_grad=kind), spec, width).dynamics
-        target, action = case.leaf("target"), case.leaf("action")
-        policy, value_now = nets["actor"].policy(nets["actor"](feat[:-2])), value[:-2].detach()
-        loss, entropy = d2.actor_loss(policy, action[1:-1], target[1:], value_now, weight[:-2], mix, args)
-        case.below(f"{kind}/").compare(
-            {"loss": loss, "actor_ent": entropy.mean()},
-            dict(zip(("grad_target", "grad_action"), gradient(loss, target, action))))
-        check_gradients(f"{kind}/grad/actor/", loss, params["actor"])
-    loss = d2.critic_loss(nets["critic"](feat[:-1]), case("target"), weight[:-1])
-    case.check("critic/loss", loss)
-    check_gradients("critic/grad/critic/", loss, params["critic"])
-
-
 def filled(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, nn.Parameter]:
     """Put weights into an actor or critic; its parameters by their names."""
     params = {}
@@ -361,100 +276,175 @@ def filled(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, nn.Parameter
     return params
 
 
-def math_slow_critic(case: Piece) -> None:
-    """When the slow critic moves, and how far: every second update, by 0.3 (their README)."""
-    fast, slow = (nn.Linear(*case("0/critic").shape, bias=False) for _ in range(2))
-    agent = SimpleNamespace(critic=fast, slow_critic=slow, updates=0,
-                            args=flags(slow_every=2, slow_fraction=0.3))
-    for agent.updates in range(case.fixture.numbered(case.prefix)):
-        fast.weight.data.copy_(case(f"{agent.updates}/critic").T)
-        d2.Agent.update_slow_critic(agent)
-        case.check(f"{agent.updates}/target", slow.weight.T)
+class Math(Piece):
+    """What is compared below a prefix is in the method of its name."""
 
+    def math_kl(self) -> None:
+        """KL balancing with free nats: the rows of `combos` that are as ours."""
+        post, prior = self.leaf("post_logit"), self.leaf("prior_logit")
+        p, q = (d2.Latent(raw.flatten(-2), raw.shape[2]) for raw in (post, prior))
+        self.compare({"value_forward_False": p.kl(q), "entropy_post": p.entropy()})
+        combos = enumerate(self.fixture[self.prefix + "combos"])
+        for row, (forward, balance, free, average, loss, value, *norms) in combos:
+            if forward or balance == 0.5 or (not average and free):
+                continue
+            args = flags(kl_scale=1.0, kl_balance=round(float(balance), 6), free_nats=float(free))
+            ours = shipped_losses(d2, args, post.shape[:2], p, q)["kl"]
+            name = f"kl/combos[{row}] (balance {balance:.1f}, free {free:.4g})"
+            self.report.check(name, torch.stack([ours, p.kl(q).mean()]), [loss, value])
+            for side, grad, norm in zip(("post", "prior"), gradient(ours, post, prior), norms):
+                self.report.check(f"{name} gradient norm, {side}", grad.norm(), norm, "gradient")
+                self.check(f"combo{row}/grad_{side}_logit", grad, "gradient")
 
-def math_weights(case: Piece) -> None:
-    """Discounts and weights of imagined steps: `Agent.learn` with a head that gives these means."""
-    terminal, mean = case("is_terminal").T, case("head_mean")
+    def math_onehot(self) -> None:
+        """Latents: log-probability, entropy, straight-through sample."""
+        raw = self.leaf("logits")
+        groups = raw.shape[-2]
+        latent = d2.Latent(raw.flatten(-2), groups)
+        sample, mode = (x.unflatten(-1, (groups, -1)) for x in (latent.sample(), latent.mode()))
+        weighted = (sample * self("weights")).sum()
+        self.compare({"sample_argmax": sample, "mode": mode, "entropy": latent.entropy(),
+                      "logprob": latent.log_prob(self("event")).sum(-1)},
+                     {"grad_of_sum_weights_sample": gradient(weighted, raw)[0]})
 
-    def reorder(x, shape):
-        return x.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+    def math_lam(self) -> None:
+        """Lambda-return: what follows from state t stands at index t + 1 of value."""
+        next_value = torch.cat([self("value")[1:], self("bootstrap")[None]])
+        for key in self.under("ret_lambda"):
+            ours = d2.lambda_return(self("reward"), self("disc"), next_value, float(key))
+            self.check(f"ret_lambda{key}", ours)
 
-    ours = reorder(mean, terminal.T.shape)  # n = t * B + b
-    args = flags(batch_size=terminal.shape[1], batch_length=len(terminal), imag_horizon=len(mean) - 1,
-                 pcont=True, gamma=0.999, amp="off")
-    agent, log = d2.Agent(args, EnvSpec(None, 1, 2, True), torch.get_default_device()), {}
-    zeros = torch.zeros(*terminal.shape)
-    batch = d2.Batch(None, zeros[..., None], torch.zeros(*terminal.shape, 2), zeros, zeros > 1, terminal)
+    def math_pre(self) -> None:
+        """And discounts as the losses see them."""
+        self.inputs(d2, flags, {"identity": "none", "tanh": "tanh"})
+        terminal = self("is_terminal")
+        for key in self.under("discount_out_gamma"):
+            args = flags(gamma=float(key), pcont=True, pcont_scale=1.0)
+            found = shipped_losses(d2, args, terminal.shape, terminal=terminal)
+            self.check(f"discount_out_gamma{key}", -found["discount"])
 
-    def head(self, feat, shipped=d2.WorldModel.discount):
-        given = ours[1:-1] if len(feat) == len(ours) - 2 else ours[:-1]
-        replayed = feat.shape[:2] == terminal.shape
-        return shipped(self, feat) if replayed else d2.Bernoulli(given.logit())
+    def math_obj(self) -> None:
+        for kind in ("onehot", "trunc_normal"):
+            Math(self.report, self.fixture, f"obj/{kind}/").objectives()
 
-    with patched((d2.WorldModel, "discount", head), recorder(log, d2, "lambda_return"),
-                 recorder(log, d2, "critic_loss")):
-        agent.learn(batch, agent.zero_state(terminal.shape[1]))
-    for key, x in (("discount", log["lambda_return"].discount), ("weight", log["critic_loss"].weight)):
-        expected = case(key)[:-1].cpu()
-        case.report.check(f"weight/{key}[:-1]", reorder(x, terminal.shape), expected)
+    def objectives(self) -> None:
+        """Losses of actor and critic, for features, rewards, discounts and actions that are given."""
+        feat, weight, reward, discount = (
+            self.fixture.tensor(f"obj/{key}") for key in ("feat", "weight", "reward", "discount"))
+        weights = {net: {key: self(f"param/{net}/{key}") for key in self.under(f"param/{net}/")}
+                   for net in ("actor", "critic", "target_critic")}
+        units, layers = weights["critic"]["out/out/kernel"].shape[0], len(weights["critic"]) // 2 - 1
+        args = flags(units=units, layers=layers, actor_entropy=float(self("actor_ent_scale")),
+                     actor_grad_mix=float(self("actor_grad_mix")))
+        spec = EnvSpec(None, 1, self("action").shape[-1], "onehot" in self.prefix)
+        width = feat.shape[-1]
+        nets = {"actor": d2.Actor(args, spec, width), "critic": d2.Critic(args, width),
+                "target_critic": d2.Critic(args, width)}
+        params = {name: filled(net, weights[name]) for name, net in nets.items()}
 
+        def check_gradients(key, loss, params):
+            """In their layout; linear kernels are (in, out)."""
+            found = {name: grad.t() for name, grad in zip(params, gradient(loss, *params.values()))}
+            self.report.check_all(self.fixture, self.prefix + key, found, "gradient")
 
-def math_truncated_normal(case: Piece) -> None:
-    """Policy of continuous actions, and the gradient of a sample that their own sampler drew."""
-    raw = torch.cat([case("raw_mean"), case("raw_std")], -1).requires_grad_()
-    policy = d2.Actor(flags(), EnvSpec(None, 1, raw.shape[-1] // 2, False), 1).policy(raw)
-    sample, entropy, log_prob = policy.sample(), policy.entropy(), policy.log_prob(case("y"))
-    case.compare({"loc": policy.mean, "scale": policy.std, "sample_det": sample, "mode": policy.mode(),
-                  "entropy": entropy, "logprob": log_prob},
-                 {"grad_sum_sample": gradient(sample, raw)[0], "grad_entropy": gradient(entropy, raw)[0],
-                  "grad_logprob": gradient(log_prob, raw)[0]})
-    loc, scale = case.leaf("loc"), case.leaf("scale")
-    noise = ((case("official_random/sample") - loc) / scale).detach()
-    with patched((d2, "draw_truncated", lambda low, high: noise)):
-        sample = d2.TruncatedNormal(loc, scale).sample()
-    case.below("official_random/").compare(
-        {"sample": sample}, dict(zip(("dloc", "dscale"), gradient(sample, loc, scale))))
+        value = nets["target_critic"](feat).mean()
+        ret = d2.lambda_return(reward[:-1], discount[:-1], value[1:], args.return_lambda)
+        self.compare({"value_slow": value, "target": ret})
+        for kind in ("dynamics", "reinforce", "both"):
+            mix = d2.Actor(replace(args, actor_grad=kind), spec, width).dynamics
+            target, action = self.leaf("target"), self.leaf("action")
+            policy, value_now = nets["actor"].policy(nets["actor"](feat[:-2])), value[:-2].detach()
+            loss, entropy = d2.actor_loss(policy, action[1:-1], target[1:], value_now, weight[:-2], mix, args)
+            self.below(f"{kind}/").compare(
+                {"loss": loss, "actor_ent": entropy.mean()},
+                dict(zip(("grad_target", "grad_action"), gradient(loss, target, action))))
+            check_gradients(f"{kind}/grad/actor/", loss, params["actor"])
+        loss = d2.critic_loss(nets["critic"](feat[:-1]), self("target"), weight[:-1])
+        self.check("critic/loss", loss)
+        check_gradients("critic/grad/critic/", loss, params["critic"])
 
+    def math_slow(self) -> None:
+        """When the slow critic moves, and how far: every second update, by 0.3 (their README)."""
+        fast, slow = (nn.Linear(*self("0/critic").shape, bias=False) for _ in range(2))
+        agent = SimpleNamespace(critic=fast, slow_critic=slow, updates=0,
+                                args=flags(slow_every=2, slow_fraction=0.3))
+        for agent.updates in range(self.fixture.numbered(self.prefix)):
+            fast.weight.data.copy_(self(f"{agent.updates}/critic").T)
+            d2.Agent.update_slow_critic(agent)
+            self.check(f"{agent.updates}/target", slow.weight.T)
 
-def math_heads(case: Piece) -> None:
-    """Distributions of numbers and of flags.
+    def math_weight(self) -> None:
+        """Discounts and weights of imagined steps: `Agent.learn` with a head that gives these means."""
+        terminal, mean = self("is_terminal").T, self("head_mean")
 
-    Their library read the targets, a numpy array here, as integers: 0.999 became 0. In training
-    they are tensors and stay what they are; like/discount of an agent compares those.
-    """
-    normal, flag = d2.Normal(case("out")), d2.Bernoulli(case("out"))
-    case.compare({"mse_logprob": normal.log_prob(case("target")), "binary_mean": flag.mean(),
-                  "binary_logprob": flag.log_prob(case("binary_target").trunc())})
+        def reorder(x, shape):
+            return x.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
 
+        ours = reorder(mean, terminal.T.shape)  # n = t * B + b
+        args = flags(batch_size=terminal.shape[1], batch_length=len(terminal), imag_horizon=len(mean) - 1,
+                     pcont=True, gamma=0.999, amp="off")
+        agent, log = d2.Agent(args, EnvSpec(None, 1, 2, True), torch.get_default_device()), {}
+        zeros = torch.zeros(*terminal.shape)
+        batch = d2.Batch(None, zeros[..., None], torch.zeros(*terminal.shape, 2), zeros, zeros > 1, terminal)
 
-def math_gru(case: Piece) -> None:
-    """One step of the GRU; theirs reads [x, h], ours [h, x]."""
-    x, h = case("x"), case("h")
-    gru = d2.NormGRUCell(x.shape[-1], h.shape[-1])
-    gru.linear.weight.data = case("param/dense/kernel").roll(h.shape[-1], 0).T.contiguous()
-    gru.linear.bias.data = case("param/dense/bias")
-    gru.norm.weight.data, gru.norm.bias.data = case("param/norm/gamma"), case("param/norm/beta")
-    case.check("out", gru(x, h))
+        def head(self, feat, shipped=d2.WorldModel.discount):
+            given = ours[1:-1] if len(feat) == len(ours) - 2 else ours[:-1]
+            replayed = feat.shape[:2] == terminal.shape
+            return shipped(self, feat) if replayed else d2.Bernoulli(given.logit())
 
+        with patched((d2.WorldModel, "discount", head), recorder(log, d2, "lambda_return"),
+                     recorder(log, d2, "critic_loss")):
+            agent.learn(batch, agent.zero_state(terminal.shape[1]))
+        for key, x in (("discount", log["lambda_return"].discount), ("weight", log["critic_loss"].weight)):
+            expected = self(key)[:-1].cpu()
+            self.report.check(f"weight/{key}[:-1]", reorder(x, terminal.shape), expected)
 
-def math_norm(case: Piece) -> None:
-    norm = d2.Norm(case("x").shape[-1])
-    for ours, theirs in (("weight", "param/gamma"), ("bias", "param/beta")):
-        if theirs in case:
-            getattr(norm, ours).data = case(theirs)
-    case.compare({"out": norm(case("x")), "eps": norm.eps})
+    def math_trunc(self) -> None:
+        """Policy of continuous actions, and the gradient of a sample that their own sampler drew."""
+        raw = torch.cat([self("raw_mean"), self("raw_std")], -1).requires_grad_()
+        policy = d2.Actor(flags(), EnvSpec(None, 1, raw.shape[-1] // 2, False), 1).policy(raw)
+        sample, entropy, log_prob = policy.sample(), policy.entropy(), policy.log_prob(self("y"))
+        self.compare({"loc": policy.mean, "scale": policy.std, "sample_det": sample, "mode": policy.mode(),
+                      "entropy": entropy, "logprob": log_prob},
+                     {"grad_sum_sample": gradient(sample, raw)[0], "grad_entropy": gradient(entropy, raw)[0],
+                      "grad_logprob": gradient(log_prob, raw)[0]})
+        loc, scale = self.leaf("loc"), self.leaf("scale")
+        noise = ((self("official_random/sample") - loc) / scale).detach()
+        with patched((d2, "draw_truncated", lambda low, high: noise)):
+            sample = d2.TruncatedNormal(loc, scale).sample()
+        self.below("official_random/").compare(
+            {"sample": sample}, dict(zip(("dloc", "dscale"), gradient(sample, loc, scale))))
 
+    def math_head(self) -> None:
+        """Distributions of numbers and of flags.
 
-def optimizer(params: nn.ParameterList) -> d2.Optimizer:
-    """With the settings of their world model for Atari."""
-    made = d2.Optimizer(params, 2e-4, 1e-5, 100.0)
-    made.decay = 1e-6
-    return made
+        Their library read the targets, a numpy array here, as integers: 0.999 became 0. In training
+        they are tensors and stay what they are; like/discount of an agent compares those.
+        """
+        normal, flag = d2.Normal(self("out")), d2.Bernoulli(self("out"))
+        self.compare({"mse_logprob": normal.log_prob(self("target")), "binary_mean": flag.mean(),
+                      "binary_logprob": flag.log_prob(self("binary_target").trunc())})
 
+    def math_gru(self) -> None:
+        """One step of the GRU; theirs reads [x, h], ours [h, x]."""
+        x, h = self("x"), self("h")
+        gru = d2.NormGRUCell(x.shape[-1], h.shape[-1])
+        gru.linear.weight.data = self("param/dense/kernel").roll(h.shape[-1], 0).T.contiguous()
+        gru.linear.bias.data = self("param/dense/bias")
+        gru.norm.weight.data, gru.norm.bias.data = self("param/norm/gamma"), self("param/norm/beta")
+        self.check("out", gru(x, h))
 
-MATH = {
-    "kl/": math_kl, "onehot/": math_one_hot, "lam/": math_returns, "pre/": math_inputs,
-    "obj/onehot/": math_objectives, "obj/trunc_normal/": math_objectives, "slow/": math_slow_critic,
-    "weight/": math_weights, "trunc/": math_truncated_normal, "head/": math_heads, "gru/": math_gru,
-    "ln/": math_norm, "adam/": lambda case: check_steps(case, optimizer),
-}
+    def math_ln(self) -> None:
+        norm = d2.Norm(self("x").shape[-1])
+        for ours, theirs in (("weight", "param/gamma"), ("bias", "param/beta")):
+            if theirs in self:
+                getattr(norm, ours).data = self(theirs)
+        self.compare({"out": norm(self("x")), "eps": norm.eps})
+
+    def math_adam(self) -> None:
+        """With the settings of their world model for Atari."""
+        def make(params):
+            made = d2.Optimizer(params, 2e-4, 1e-5, 100.0)
+            made.decay = 1e-6
+            return made
+        self.steps(make)

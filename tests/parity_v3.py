@@ -336,170 +336,150 @@ def row(expected: np.ndarray) -> np.ndarray:
     return np.abs(expected).max(-1, keepdims=True)
 
 
-def math_two_hot(case: Piece) -> None:
-    """Two-hot distribution; the numbers of its mean span nine orders of magnitude."""
-    logits = case.leaf("logits")
-    two_hot = d3.TwoHot(logits)
-    log_prob, mean = two_hot.log_prob(case("target")), two_hot.mean()
-    case.compare({"bins": two_hot.buckets, "log_prob": log_prob})
-    case.check("mean", mean, scale=element)
-    case.check("dlogprob_dlogits", gradient(log_prob, logits)[0], "gradient", row)
-    case.check("dmean_dlogits", gradient(mean, logits)[0], "gradient", row)
+class Math(Piece):
+    """What is compared below a prefix is in the method of its name."""
 
+    def math_discdist(self) -> None:
+        """Two-hot distribution; the numbers of its mean span nine orders of magnitude."""
+        logits = self.leaf("logits")
+        two_hot = d3.TwoHot(logits)
+        log_prob, mean = two_hot.log_prob(self("target")), two_hot.mean()
+        self.compare({"bins": two_hot.buckets, "log_prob": log_prob})
+        self.check("mean", mean, scale=element)
+        self.check("dlogprob_dlogits", gradient(log_prob, logits)[0], "gradient", row)
+        self.check("dmean_dlogits", gradient(mean, logits)[0], "gradient", row)
 
-def math_two_hot_identity(case: Piece) -> None:
-    """The targets are in symlog space: transform them back."""
-    case.check("log_prob", d3.TwoHot(case("logits")).log_prob(d3.symexp(case("target"))))
+    def math_discdist_identity(self) -> None:
+        """The targets are in symlog space: transform them back."""
+        self.check("log_prob", d3.TwoHot(self("logits")).log_prob(d3.symexp(self("target"))))
 
+    def latents(self, latent) -> None:
+        """Latents p and q: unimix, log-probability, entropy, KL, straight-through sample."""
+        raw = raw_p, raw_q = self.leaf("raw_p"), self.leaf("raw_q")
+        groups = raw_p.shape[-2]
+        p, q = (latent(x.flatten(-2), groups) for x in raw)
+        sample, entropy, kl = p.sample().unflatten(-1, (groups, -1)), p.entropy(), p.kl(q)
+        self.compare({"unimix_logit_p": p.logits, "logprob_p": p.logits, "unimix_logit_q": q.logits,
+                      "logprob_q": q.logits, "entropy_p": entropy, "sample_rule_p": sample,
+                      "mode_p": p.mode().unflatten(-1, (groups, -1)), "kl_p_q": kl, "kl_q_p": q.kl(p)},
+                     {"st_grad_raw_p": gradient((sample * self("st_weight")).sum(), raw_p)[0],
+                      "entropy_grad_raw_p": gradient(entropy, raw_p)[0],
+                      "dkl_draw_p": gradient(kl, raw_p)[0], "dkl_draw_q": gradient(kl, raw_q)[0]})
+        if "value" in self:
+            self.check("log_prob_p", p.log_prob(self("value")).sum(-1))
 
-def check_latents(case: Piece, latent) -> None:
-    """Latents p and q: unimix, log-probability, entropy, KL, straight-through sample."""
-    raw = raw_p, raw_q = case.leaf("raw_p"), case.leaf("raw_q")
-    groups = raw_p.shape[-2]
-    p, q = (latent(x.flatten(-2), groups) for x in raw)
-    sample, entropy, kl = p.sample().unflatten(-1, (groups, -1)), p.entropy(), p.kl(q)
-    case.compare({"unimix_logit_p": p.logits, "logprob_p": p.logits, "unimix_logit_q": q.logits,
-                  "logprob_q": q.logits, "entropy_p": entropy, "sample_rule_p": sample,
-                  "mode_p": p.mode().unflatten(-1, (groups, -1)), "kl_p_q": kl, "kl_q_p": q.kl(p)},
-                 {"st_grad_raw_p": gradient((sample * case("st_weight")).sum(), raw_p)[0],
-                  "entropy_grad_raw_p": gradient(entropy, raw_p)[0],
-                  "dkl_draw_p": gradient(kl, raw_p)[0], "dkl_draw_q": gradient(kl, raw_q)[0]})
-    if "value" in case:
-        case.check("log_prob_p", p.log_prob(case("value")).sum(-1))
+    def math_klloss(self) -> None:
+        """Both KL losses and where their gradients go."""
+        meta, raw = self.fixture.meta, [self.leaf("raw_post"), self.leaf("raw_prior")]
+        post, prior = (d3.Latent(x.flatten(-2), meta["stoch"], meta["unimix"]) for x in raw)
+        args = plain_args(d3, free_bits=meta["free_nats"], beta_dyn=1.0, beta_rep=1.0)
+        losses = shipped_losses(d3, args, raw[0].shape[:-2], post, prior)
+        total = (meta["dyn_scale"] * losses["dyn"] + meta["rep_scale"] * losses["rep"]).mean()
+        self.compare({"dyn": losses["dyn"], "rep": losses["rep"], "total_mean": total,
+                      "kl_before_free": post.kl(prior)},
+                     dict(zip(("grad_raw_post", "grad_raw_prior"), gradient(total, *raw))))
 
+    def math_lambda(self) -> None:
+        """Lambda-return: what follows from state t stands at index t + 1 of value and cont."""
+        gamma, lambda_ = 1 - 1 / self.fixture.meta["lambda_horizon"], self.fixture.meta["return_lambda"]
+        discount = gamma * self("cont")[1:]
+        self.check("return", d3.lambda_return(self("reward"), discount, self("value")[1:], lambda_))
 
-def math_kl(case: Piece) -> None:
-    """Both KL losses and where their gradients go."""
-    meta, raw = case.fixture.meta, [case.leaf("raw_post"), case.leaf("raw_prior")]
-    post, prior = (d3.Latent(x.flatten(-2), meta["stoch"], meta["unimix"]) for x in raw)
-    args = plain_args(d3, free_bits=meta["free_nats"], beta_dyn=1.0, beta_rep=1.0)
-    losses = shipped_losses(d3, args, raw[0].shape[:-2], post, prior)
-    total = (meta["dyn_scale"] * losses["dyn"] + meta["rep_scale"] * losses["rep"]).mean()
-    case.compare({"dyn": losses["dyn"], "rep": losses["rep"], "total_mean": total,
-                  "kl_before_free": post.kl(prior)},
-                 dict(zip(("grad_raw_post", "grad_raw_prior"), gradient(total, *raw))))
+    def math_moments(self) -> None:
+        """Successive updates of the return scale."""
+        meta = self.fixture.meta["retnorm"]
+        scale = d3.ReturnScale(plain_args(
+            d3, return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
+            return_norm_limit=1 / meta["max"], return_norm_decay=meta["decay"]))
+        found = torch.stack([torch.stack([scale.update(ret), *scale.range]) for ret in self("x")])
+        self.compare({"invscale": found[:, 0], "low_state": found[:, 1], "high_state": found[:, 2],
+                      "offset": found[:, 1]})
 
+    def policy(self, script, args) -> None:
+        """Policy of continuous (raw_mean, raw_std) or discrete (raw) actions; the network is not used."""
+        leaves = {key: self.leaf(key) for key in ("raw", "raw_mean", "raw_std") if key in self}
+        raw, discrete, action = torch.cat([*leaves.values()], -1), len(leaves) == 1, self("action")
+        actions = raw.shape[-1] // len(leaves)
+        policy = script.Actor(args, EnvSpec(None, 1, actions, discrete), 1).policy(raw)
+        if action.ndim < raw.ndim:  # an index
+            action = nn.functional.one_hot(action.long(), actions).float()
+        log_prob, entropy = policy.log_prob(action), policy.entropy()
+        found = {name: getattr(policy, name, None) for name in ("mean", "std", "logits", "probs")}
+        self.compare({name: x for name, x in found.items() if isinstance(x, Tensor)} | {
+            "log_prob": log_prob, "logprob": log_prob, "entropy": entropy, "mode": policy.mode(),
+            "sample_rule": policy.sample()},
+            {f"d{name}_d{key}": gradient(x, leaf)[0] for key, leaf in leaves.items()
+             for name, x in (("logprob", log_prob), ("entropy", entropy))})
 
-def math_returns(case: Piece) -> None:
-    """Lambda-return: what follows from state t stands at index t + 1 of value and cont."""
-    gamma, lambda_ = 1 - 1 / case.fixture.meta["lambda_horizon"], case.fixture.meta["return_lambda"]
-    discount = gamma * case("cont")[1:]
-    case.check("return", d3.lambda_return(case("reward"), discount, case("value")[1:], lambda_))
+    def math_actor_normal(self) -> None:
+        meta = self.fixture.meta
+        self.policy(d3, plain_args(d3, unimix=meta["unimix"], actor_min_std=meta["actor_minstd"],
+                                          actor_max_std=meta["actor_maxstd"]))
 
+    def math_symlog_mse(self) -> None:
+        """Loss of vectors, as `world_model_loss` computes it."""
+        pred = self.leaf("pred")
+        found = shipped_losses(d3, plain_args(d3, beta_pred=1.0), pred.shape[:1], vector=self("target"), predicted=pred)
+        self.compare({"log_prob": -found["vector"], "mode": d3.symexp(pred)},
+                     {"dlogprob_dpred": gradient(-found["vector"], pred)[0]})
 
-def math_return_scale(case: Piece) -> None:
-    """Successive updates of the return scale."""
-    meta = case.fixture.meta["retnorm"]
-    scale = d3.ReturnScale(plain_args(
-        d3, return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
-        return_norm_limit=1 / meta["max"], return_norm_decay=meta["decay"]))
-    found = torch.stack([torch.stack([scale.update(ret), *scale.range]) for ret in case("x")])
-    case.compare({"invscale": found[:, 0], "low_state": found[:, 1], "high_state": found[:, 2],
-                  "offset": found[:, 1]})
+    def math_mse_image(self) -> None:
+        pred, image = self("pred") - 0.5, self("target") * 255
+        found = shipped_losses(d3, plain_args(d3, beta_pred=1.0), pred.shape[:2], image=image, predicted=pred)
+        self.check("log_prob", -found["image"])
 
+    def math_bernoulli(self) -> None:
+        flag, terminal = d3.Bernoulli(self("logit")), self("target") < 0.5
+        found = shipped_losses(d3, plain_args(d3, beta_pred=1.0), terminal.shape, terminal=terminal, cont=flag)
+        self.compare({"log_prob": -found["cont"], "mode": flag.mode()})
 
-def check_policy(case: Piece, script, args) -> None:
-    """Policy of continuous (raw_mean, raw_std) or discrete (raw) actions; the network is not used."""
-    leaves = {key: case.leaf(key) for key in ("raw", "raw_mean", "raw_std") if key in case}
-    raw, discrete, action = torch.cat([*leaves.values()], -1), len(leaves) == 1, case("action")
-    actions = raw.shape[-1] // len(leaves)
-    policy = script.Actor(args, EnvSpec(None, 1, actions, discrete), 1).policy(raw)
-    if action.ndim < raw.ndim:  # an index
-        action = nn.functional.one_hot(action.long(), actions).float()
-    log_prob, entropy = policy.log_prob(action), policy.entropy()
-    found = {name: getattr(policy, name, None) for name in ("mean", "std", "logits", "probs")}
-    case.compare({name: x for name, x in found.items() if isinstance(x, Tensor)} | {
-        "log_prob": log_prob, "logprob": log_prob, "entropy": entropy, "mode": policy.mode(),
-        "sample_rule": policy.sample()},
-        {f"d{name}_d{key}": gradient(x, leaf)[0] for key, leaf in leaves.items()
-         for name, x in (("logprob", log_prob), ("entropy", entropy))})
+    def fill(self, layer, norm, order) -> None:
+        layer.weight.data = self("kernel").permute(order).contiguous()
+        norm.weight.data, norm.bias.data = self("norm_scale"), self("norm_bias")
 
+    def math_layer_linear(self) -> None:
+        dense = d3.Dense(6, 5)
+        self.fill(dense, dense.norm, (1, 0))
+        self.check("y", dense(self("x")))
 
-def math_policy(case: Piece) -> None:
-    meta = case.fixture.meta
-    check_policy(case, d3, plain_args(d3, unimix=meta["unimix"], actor_min_std=meta["actor_minstd"],
-                                      actor_max_std=meta["actor_maxstd"]))
+    def math_layer_conv(self) -> None:
+        cnn, x = d3.Encoder(plain_args(d3, image_size=8, depth=5), EnvSpec((8, 8, 3), 0, 1, True)).cnn, self("x")
+        self.fill(cnn[0], cnn[1], (3, 2, 0, 1))
+        for key, layer in (("y", cnn), ("y_linear_only", cnn[0])):
+            self.check(key, layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
+    def math_layer_convtransp(self) -> None:
+        """A transposed convolution."""
+        cnn = d3.Decoder(plain_args(d3, image_size=8, depth=5), EnvSpec((8, 8, 2), 0, 1, True), 1).cnn
+        cnn[0].weight.data = self("kernel").flip(0, 1).permute(3, 2, 0, 1).contiguous()
+        cnn[0].bias.data = self("bias")
+        self.check("y", cnn(self("x").permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
-def math_vector(case: Piece) -> None:
-    """Loss of vectors, as `world_model_loss` computes it."""
-    pred = case.leaf("pred")
-    found = shipped_losses(d3, plain_args(d3, beta_pred=1.0), pred.shape[:1], vector=case("target"), predicted=pred)
-    case.compare({"log_prob": -found["vector"], "mode": d3.symexp(pred)},
-                 {"dlogprob_dpred": gradient(-found["vector"], pred)[0]})
+    def math_layer_gru(self) -> None:
+        h, x = self("h"), self("x")
+        gru = d3.NormGRUCell(x.shape[-1], h.shape[-1])
+        self.fill(gru.linear, gru.norm, (1, 0))
+        self.check("h_next", gru(x, h))
 
+    def steps(self, names, make_optimizer) -> None:
+        """Clipping and steps, for gradients that are given: loss = <parameter, gradient>."""
+        params = {name: nn.Parameter(self(f"{name}0")) for name in names}
+        optimizer, norms, found = make_optimizer(nn.ParameterList(params.values())), [], {name: [] for name in names}
+        for grads in zip(*(self(f"grad_{name}") for name in names)):
+            loss = sum((param * grad).sum() for param, grad in zip(params.values(), grads))
+            norms.append(optimizer.apply(optimizer.grads(loss)))
+            for name, param in params.items():
+                found[name].append(param.detach().clone())
+        self.check("grad_norm_metric", torch.stack(norms))
+        for name, steps in found.items():
+            self.check(f"{name}_after", torch.stack(steps), "parameter")
 
-def math_image(case: Piece) -> None:
-    pred, image = case("pred") - 0.5, case("target") * 255
-    found = shipped_losses(d3, plain_args(d3, beta_pred=1.0), pred.shape[:2], image=image, predicted=pred)
-    case.check("log_prob", -found["image"])
+    def math_optim(self) -> None:
+        meta = self.fixture.meta["optim"]
+        self.steps("wv", lambda params: d3.Optimizer(params, meta["lr"], meta["eps"], meta["clip"]))
 
+    math_symlog, math_symexp = elementwise(d3.symlog), elementwise(d3.symexp)
+    math_actor_onehot = math_actor_normal
 
-def math_continue(case: Piece) -> None:
-    flag, terminal = d3.Bernoulli(case("logit")), case("target") < 0.5
-    found = shipped_losses(d3, plain_args(d3, beta_pred=1.0), terminal.shape, terminal=terminal, cont=flag)
-    case.compare({"log_prob": -found["cont"], "mode": flag.mode()})
-
-
-def fill(case: Piece, layer, norm, order) -> None:
-    layer.weight.data = case("kernel").permute(order).contiguous()
-    norm.weight.data, norm.bias.data = case("norm_scale"), case("norm_bias")
-
-
-def math_dense(case: Piece) -> None:
-    dense = d3.Dense(6, 5)
-    fill(case, dense, dense.norm, (1, 0))
-    case.check("y", dense(case("x")))
-
-
-def math_conv(case: Piece) -> None:
-    cnn, x = d3.Encoder(plain_args(d3, image_size=8, depth=5), EnvSpec((8, 8, 3), 0, 1, True)).cnn, case("x")
-    fill(case, cnn[0], cnn[1], (3, 2, 0, 1))
-    for key, layer in (("y", cnn), ("y_linear_only", cnn[0])):
-        case.check(key, layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-def math_transposed(case: Piece) -> None:
-    """A transposed convolution."""
-    cnn = d3.Decoder(plain_args(d3, image_size=8, depth=5), EnvSpec((8, 8, 2), 0, 1, True), 1).cnn
-    cnn[0].weight.data = case("kernel").flip(0, 1).permute(3, 2, 0, 1).contiguous()
-    cnn[0].bias.data = case("bias")
-    case.check("y", cnn(case("x").permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-def math_gru(case: Piece) -> None:
-    h, x = case("h"), case("x")
-    gru = d3.NormGRUCell(x.shape[-1], h.shape[-1])
-    fill(case, gru.linear, gru.norm, (1, 0))
-    case.check("h_next", gru(x, h))
-
-
-def check_steps(case: Piece, names, make_optimizer) -> None:
-    """Clipping and steps, for gradients that are given: loss = <parameter, gradient>."""
-    params = {name: nn.Parameter(case(f"{name}0")) for name in names}
-    optimizer, norms, found = make_optimizer(nn.ParameterList(params.values())), [], {name: [] for name in names}
-    for grads in zip(*(case(f"grad_{name}") for name in names)):
-        loss = sum((param * grad).sum() for param, grad in zip(params.values(), grads))
-        norms.append(optimizer.apply(optimizer.grads(loss)))
-        for name, param in params.items():
-            found[name].append(param.detach().clone())
-    case.check("grad_norm_metric", torch.stack(norms))
-    for name, steps in found.items():
-        case.check(f"{name}_after", torch.stack(steps), "parameter")
-
-
-def math_optimizer(case: Piece) -> None:
-    meta = case.fixture.meta["optim"]
-    check_steps(case, "wv", lambda params: d3.Optimizer(params, meta["lr"], meta["eps"], meta["clip"]))
-
-
-MATH = {
-    "symlog/": elementwise(d3.symlog), "symexp/": elementwise(d3.symexp), "discdist/": math_two_hot,
-    "discdist_identity/": math_two_hot_identity, "klloss/": math_kl, "lambda/": math_returns,
-    "onehot/": lambda case: check_latents(
-        case, lambda raw, groups: d3.Latent(raw, groups, case.fixture.meta["unimix"])),
-    "moments/": math_return_scale, "actor_normal/": math_policy, "actor_onehot/": math_policy,
-    "symlog_mse/": math_vector, "mse_image/": math_image, "bernoulli/": math_continue,
-    "layer_linear/": math_dense, "layer_conv/": math_conv, "layer_convtransp/": math_transposed,
-    "layer_gru/": math_gru, "optim/": math_optimizer,
-}
+    def math_onehot(self) -> None:
+        self.latents(lambda raw, groups: d3.Latent(raw, groups, self.fixture.meta["unimix"]))

@@ -12,8 +12,8 @@ from torch import Tensor
 import dreamer_v3_2025 as d
 from dreamer_v3_2025 import EnvSpec
 from tests import parity, parity_v3
-from tests.parity import Piece, batch_major, element, gradient, patched, per_step, recorder, shipped_losses
-from tests.parity_v3 import check_latents, check_policy, check_steps, elementwise, row
+from tests.parity import batch_major, element, gradient, patched, per_step, recorder, shipped_losses
+from tests.parity_v3 import elementwise, row
 
 IGNORED = {
     "meta/*": "settings; those that matter are read",
@@ -317,129 +317,117 @@ class Twin(parity_v3.Twin):
 
 
 # ---------------------------------------------------------------------------------------- single pieces
-def math_two_hot(case: Piece) -> None:
-    """Two-hot distribution; its numbers span nine orders of magnitude."""
-    logits = case.leaf("logits")
-    two_hot = d.TwoHot(logits)
-    loss, mean = -two_hot.log_prob(case("target")), two_hot.mean()
-    case.check("bins", two_hot.buckets, scale=element)
-    case.check("loss", loss)
-    # A mean is a sum of numbers that cancel: its scale is the sum of their magnitudes.
-    size = (logits.softmax(-1) * two_hot.buckets.abs()).sum(-1).detach().cpu().numpy()
-    case.check("mean", mean, scale=size)
-    case.check("mean_naive_uniform", d.TwoHot(torch.zeros(two_hot.logits.shape[-1])).mean(), "exact")
-    case.check("dloss_dlogits", gradient(loss, logits)[0], "gradient", row)
-    case.check("dmean_dlogits", gradient(mean, logits)[0], "gradient", row)
-
-
-def math_returns(case: Piece) -> None:
-    """Imagined return (batch first): what follows from state t stands at t + 1; gamma is in cont."""
-    reward, value, cont = (case(key).T[1:] for key in ("reward", "value", "cont"))
-    case.check("ret", d.lambda_return(reward, cont, value, 0.95).T)
-
-
-def math_replay_returns(case: Piece) -> None:
-    """The return that `replay_critic_loss` gives to `critic_loss`."""
-    reward, boot, last, terminal = (case(key).T for key in ("reward", "boot", "last", "term"))
-    is_first = torch.cat([torch.zeros_like(last[:1]), last[:-1]])
-    batch, log = d.Batch(None, None, None, reward, is_first, terminal), {}
-    with patched(recorder(log, d, "critic_loss")):
-        d.replay_critic_loss(d.TwoHot(torch.zeros(*reward.shape, 5)), batch, boot, boot, ARGS)
-    case.check("ret", log["critic_loss"].ret.T)
-
-
-def math_return_scale(case: Piece) -> None:
-    """Successive updates of the return scale."""
-    scale = d.ReturnScale(ARGS)
-    found = [(scale.update(ret), scale.range.clone()) for ret in case("x")]
-    case.check("lo_hi_offset_scale", torch.stack([
-        torch.stack([*bounds, bounds[0], divisor]) for divisor, bounds in found]))
-
-
-def math_binary(case: Piece) -> None:
-    """Continue head: the target of `world_model_loss` is 0 or gamma."""
-    flag = d.Bernoulli(case("logit"))
-    case.check("prob1", flag.mean())
-    for key, ended in (("loss_target_0", True), ("loss_target_gamma", False)):
-        terminal = torch.full(flag.logit.shape, ended)
-        case.check(key, shipped_losses(d, ARGS, terminal.shape, terminal=terminal, cont=flag)["cont"])
-
-
 def fill(layer: nn.Module, weight: Tensor, bias: Tensor, scale: Tensor | None = None) -> None:
     layer.weight.data, layer.bias.data = weight.contiguous(), bias
     if scale is not None:
         layer.norm.weight.data = scale
 
 
-def math_core(case: Piece) -> None:
-    """One step of the recurrence, and its slope along the action."""
-    get = case.below("dyn/")
-    deter, stoch, action = case("deter"), case("stoch"), case.leaf("action")
-    blocks, hidden = int(case("blocks")), len(get("dynin0/bias"))
-    args = d.Args(size="1M", deter=deter.shape[-1], hidden=hidden, blocks=blocks, depth=3 * blocks,
-                  stoch=stoch.shape[1], classes=stoch.shape[2])
-    rssm = d.RSSM(args, action.shape[-1], 1)
-    for number, layer in enumerate((rssm.deter_in, rssm.stoch_in, rssm.action_in)):
-        fill(layer, get(f"dynin{number}/kernel").T, get(f"dynin{number}/bias"), get(f"dynin{number}norm/scale"))
-    gru, parts = rssm.gru, get("dynhid0/kernel").split([deter.shape[-1] // blocks, 2 * hidden, hidden], 1)
-    fill(gru.hidden, parts[0], get("dynhid0/bias"))
-    gru.hidden.weight_a.data, gru.hidden.weight_b.data = (part.transpose(1, 2).flatten(0, 1) for part in parts[1:])
-    gru.norm.weight.data = get("dynhid0norm/scale")
-    fill(gru.gates, get("dyngru/kernel"), get("dyngru/bias"))
-    after = rssm.recur(deter, stoch.flatten(-2), rssm.project_action(action))
-    case.compare({"next": after}, {"dsum_daction": gradient(after, action)[0]})
+class Math(parity_v3.Math):
+    """What is compared below a prefix is in the method of its name."""
 
+    def math_twohot(self) -> None:
+        """Two-hot distribution; its numbers span nine orders of magnitude."""
+        logits = self.leaf("logits")
+        two_hot = d.TwoHot(logits)
+        loss, mean = -two_hot.log_prob(self("target")), two_hot.mean()
+        self.check("bins", two_hot.buckets, scale=element)
+        self.check("loss", loss)
+        # A mean is a sum of numbers that cancel: its scale is the sum of their magnitudes.
+        size = (logits.softmax(-1) * two_hot.buckets.abs()).sum(-1).detach().cpu().numpy()
+        self.check("mean", mean, scale=size)
+        self.check("mean_naive_uniform", d.TwoHot(torch.zeros(two_hot.logits.shape[-1])).mean(), "exact")
+        self.check("dloss_dlogits", gradient(loss, logits)[0], "gradient", row)
+        self.check("dmean_dlogits", gradient(mean, logits)[0], "gradient", row)
 
-def math_dense(case: Piece) -> None:
-    dense = d.Dense(*case("linear/kernel").shape)
-    fill(dense, case("linear/kernel").T, case("linear/bias"), case("norm/scale"))
-    case.check("y", dense(case("x")))
+    def math_lambda_imag(self) -> None:
+        """Imagined return (batch first): what follows from state t stands at t + 1; gamma is in cont."""
+        reward, value, cont = (self(key).T[1:] for key in ("reward", "value", "cont"))
+        self.check("ret", d.lambda_return(reward, cont, value, 0.95).T)
 
+    def math_lambda_replay(self) -> None:
+        """The return that `replay_critic_loss` gives to `critic_loss`."""
+        reward, boot, last, terminal = (self(key).T for key in ("reward", "boot", "last", "term"))
+        is_first = torch.cat([torch.zeros_like(last[:1]), last[:-1]])
+        batch, log = d.Batch(None, None, None, reward, is_first, terminal), {}
+        with patched(recorder(log, d, "critic_loss")):
+            d.replay_critic_loss(d.TwoHot(torch.zeros(*reward.shape, 5)), batch, boot, boot, ARGS)
+        self.check("ret", log["critic_loss"].ret.T)
 
-def math_blocks(case: Piece) -> None:
-    blocks, inputs, outputs = case("block/kernel").shape
-    block = d.BlockLinear(blocks * inputs, blocks * outputs, blocks)
-    fill(block, case("block/kernel"), case("block/bias"))
-    case.check("y", block(case("x")))
+    def math_retnorm(self) -> None:
+        """Successive updates of the return scale."""
+        scale = d.ReturnScale(ARGS)
+        found = [(scale.update(ret), scale.range.clone()) for ret in self("x")]
+        self.check("lo_hi_offset_scale", torch.stack([
+            torch.stack([*bounds, bounds[0], divisor]) for divisor, bounds in found]))
 
+    def math_binary(self) -> None:
+        """Continue head: the target of `world_model_loss` is 0 or gamma."""
+        flag = d.Bernoulli(self("logit"))
+        self.check("prob1", flag.mean())
+        for key, ended in (("loss_target_0", True), ("loss_target_gamma", False)):
+            terminal = torch.full(flag.logit.shape, ended)
+            self.check(key, shipped_losses(d, ARGS, terminal.shape, terminal=terminal, cont=flag)["cont"])
 
-def math_conv(case: Piece) -> None:
-    """A convolution with pooling, or upsampling with a convolution."""
-    args, spec = d.Args(size="1M", image_size=16, units=8), EnvSpec((16, 16, 3), 0, 1, True)
-    pools = "conv" in case.prefix
-    cnn = (d.Encoder(args, spec) if pools else d.Decoder(args, spec, args.deter + args.stoch_dim)).cnn
-    kernel = case("conv/kernel")
-    conv, norm = type(cnn[0])(*kernel.shape[2:]), d.ChannelNorm(kernel.shape[-1])
-    fill(conv, kernel.permute(3, 2, 0, 1), case("conv/bias"))
-    norm.weight.data = case("norm/scale")
-    rest = [norm if isinstance(x, d.ChannelNorm) else x for x in [*cnn][1:3 + pools]]
-    case.check("y", nn.Sequential(conv, *rest)(case("x").permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    def math_core(self) -> None:
+        """One step of the recurrence, and its slope along the action."""
+        get = self.below("dyn/")
+        deter, stoch, action = self("deter"), self("stoch"), self.leaf("action")
+        blocks, hidden = int(self("blocks")), len(get("dynin0/bias"))
+        args = d.Args(size="1M", deter=deter.shape[-1], hidden=hidden, blocks=blocks, depth=3 * blocks,
+                      stoch=stoch.shape[1], classes=stoch.shape[2])
+        rssm = d.RSSM(args, action.shape[-1], 1)
+        for number, layer in enumerate((rssm.deter_in, rssm.stoch_in, rssm.action_in)):
+            fill(layer, get(f"dynin{number}/kernel").T, get(f"dynin{number}/bias"), get(f"dynin{number}norm/scale"))
+        gru, parts = rssm.gru, get("dynhid0/kernel").split([deter.shape[-1] // blocks, 2 * hidden, hidden], 1)
+        fill(gru.hidden, parts[0], get("dynhid0/bias"))
+        gru.hidden.weight_a.data, gru.hidden.weight_b.data = (part.transpose(1, 2).flatten(0, 1) for part in parts[1:])
+        gru.norm.weight.data = get("dynhid0norm/scale")
+        fill(gru.gates, get("dyngru/kernel"), get("dyngru/bias"))
+        after = rssm.recur(deter, stoch.flatten(-2), rssm.project_action(action))
+        self.compare({"next": after}, {"dsum_daction": gradient(after, action)[0]})
 
+    def math_layer_lin(self) -> None:
+        dense = d.Dense(*self("linear/kernel").shape)
+        fill(dense, self("linear/kernel").T, self("linear/bias"), self("norm/scale"))
+        self.check("y", dense(self("x")))
 
-def math_clipping(case: Piece) -> None:
-    """A gradient clipped to 0.3 of its parameter's norm: what the first moment takes in, before LaProp's RMS."""
-    param, grad = nn.Parameter(case("param")), case("grad")
-    optimizer = d.Optimizer(nn.ParameterList([param]), d.Args(size="1M", agc=0.3))
-    optimizer.apply((grad,))
-    case.check("clipped", grad.sign() * (optimizer.nu[0] / (1 - optimizer.beta2)).sqrt())
+    def math_layer_block(self) -> None:
+        blocks, inputs, outputs = self("block/kernel").shape
+        block = d.BlockLinear(blocks * inputs, blocks * outputs, blocks)
+        fill(block, self("block/kernel"), self("block/bias"))
+        self.check("y", block(self("x")))
 
+    def math_layer_conv(self) -> None:
+        """A convolution with pooling, or upsampling with a convolution."""
+        args, spec = d.Args(size="1M", image_size=16, units=8), EnvSpec((16, 16, 3), 0, 1, True)
+        pools = "conv" in self.prefix
+        cnn = (d.Encoder(args, spec) if pools else d.Decoder(args, spec, args.deter + args.stoch_dim)).cnn
+        kernel = self("conv/kernel")
+        conv, norm = type(cnn[0])(*kernel.shape[2:]), d.ChannelNorm(kernel.shape[-1])
+        fill(conv, kernel.permute(3, 2, 0, 1), self("conv/bias"))
+        norm.weight.data = self("norm/scale")
+        rest = [norm if isinstance(x, d.ChannelNorm) else x for x in [*cnn][1:3 + pools]]
+        self.check("y", nn.Sequential(conv, *rest)(self("x").permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
-def math_optimizer(case: Piece) -> None:
-    """LaProp with clipping and warm-up."""
-    settings = {key: float(case(key)) for key in ("lr", "agc", "beta1", "beta2", "eps")}
-    args = d.Args(size="1M", warmup=int(case("warmup")), **settings)
-    check_steps(case, ("w", "tiny", "zero"), lambda params: d.Optimizer(params, args))
+    def math_agc(self) -> None:
+        """A gradient clipped to 0.3 of its parameter's norm: what the first moment takes in, before LaProp's RMS."""
+        param, grad = nn.Parameter(self("param")), self("grad")
+        optimizer = d.Optimizer(nn.ParameterList([param]), d.Args(size="1M", agc=0.3))
+        optimizer.apply((grad,))
+        self.check("clipped", grad.sign() * (optimizer.nu[0] / (1 - optimizer.beta2)).sqrt())
 
+    def math_optim(self) -> None:
+        """LaProp with clipping and warm-up."""
+        settings = {key: float(self(key)) for key in ("lr", "agc", "beta1", "beta2", "eps")}
+        args = d.Args(size="1M", warmup=int(self("warmup")), **settings)
+        self.steps(("w", "tiny", "zero"), lambda params: d.Optimizer(params, args))
 
-def math_policy(case: Piece) -> None:
-    check_policy(case, d, ARGS)
+    def math_policy_continuous(self) -> None:
+        self.policy(d, ARGS)
 
+    math_symlog, math_symexp = elementwise(d.symlog), elementwise(d.symexp)
+    math_policy_discrete, math_layer_up = math_policy_continuous, math_layer_conv
 
-MATH = {
-    "symlog/": elementwise(d.symlog), "symexp/": elementwise(d.symexp), "twohot/": math_two_hot,
-    "onehot/": lambda case: check_latents(case, lambda raw, groups: d.Latent(raw, groups, 0.01)),
-    "lambda_imag/": math_returns, "lambda_replay/": math_replay_returns, "retnorm/": math_return_scale,
-    "binary/": math_binary, "policy_continuous/": math_policy, "policy_discrete/": math_policy,
-    "core/": math_core, "layer_lin/": math_dense, "layer_block/": math_blocks, "layer_conv/": math_conv,
-    "layer_up/": math_conv, "agc/": math_clipping, "optim/": math_optimizer,
-}
+    def math_onehot(self) -> None:
+        self.latents(lambda raw, groups: d.Latent(raw, groups, 0.01))
