@@ -14,8 +14,7 @@ from torch import Tensor
 import dreamer_v2 as d2
 from common.spaces import EnvSpec
 from tests import parity
-from tests.parity import (Piece, batch_major, gradient, patched,
-                          per_step, recorder, shipped_losses)
+from tests.parity import (Piece, batch_major, gradient, patched, per_step, recorder, shipped_losses)
 from tests.tiny import plain_args
 
 IGNORED = {

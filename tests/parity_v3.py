@@ -388,9 +388,8 @@ class Math(Piece):
     def math_moments(self) -> None:
         """Successive updates of the return scale."""
         meta = self.fixture.meta["retnorm"]
-        scale = d3.ReturnScale(plain_args(
-            d3, return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
-            return_norm_limit=1 / meta["max"], return_norm_decay=meta["decay"]))
+        scale = d3.ReturnScale(plain_args(d3, return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
+                                          return_norm_limit=1 / meta["max"], return_norm_decay=meta["decay"]))
         found = torch.stack([torch.stack([scale.update(ret), *scale.range]) for ret in self("x")])
         self.compare({"invscale": found[:, 0], "low_state": found[:, 1], "high_state": found[:, 2],
                       "offset": found[:, 1]})

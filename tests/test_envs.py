@@ -224,8 +224,7 @@ def test_next_step_autoreset(num_envs):
     step, episode = t % (LENGTH + 1), t // (LENGTH + 1)
     vector = np.stack([step, episode, episode * LENGTH + step], -1)
     expected = {"vector": vector, "reward": step, "is_first": step == 0, "is_last": step == LENGTH,
-                "is_terminal": step == LENGTH, "episode_return": step * (step + 1) / 2,
-                "episode_length": step}
+                "is_terminal": step == LENGTH, "episode_return": step * (step + 1) / 2, "episode_length": step}
     for n in range(num_envs):
         np.testing.assert_array_equal(trace.image[:, n, 3, 5], vector)
         for name, values in expected.items():
