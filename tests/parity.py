@@ -332,8 +332,7 @@ class Twin:
     rename: list[tuple[str, str]] = []  # their name of a parameter -> ours
     swapped = flipped = "$^"  # kernels that read [stoch, deter], ours [deter, stoch]; see `places`
     vector_out = "$^"  # the decoder's output layer of one vector
-    sized_classes: dict[str, str] = {}  # a network of other sizes -> its key in the settings
-    settings = ""  # our flags and their settings: "flag=setting ..."
+    settings = ""  # our flags and their settings: "flag=setting ...", or "flag" alone; optimisers by rule
     optimizers = {"model": "world_model", "actor": "actor", "critic": "critic"}
 
     def __init__(self, fixture: Fixture, report: Report | None = None):
@@ -347,8 +346,14 @@ class Twin:
         self.columns = {key: slice(*stops[i:i + 2]) for i, key in enumerate(self.vectors)}
         self.rows, self.length = fixture["batch1/reward"].shape
         self.spec = self.env_spec(stops[-1])
-        self.args = self.make_args({"batch_size": self.rows, "batch_length": self.length} | {
-            ours: self.config[theirs] for ours, theirs in (x.split("=") for x in self.settings.split())})
+        given = {"batch_size": self.rows, "batch_length": self.length}
+        for row in self.settings.split():
+            name, _, theirs = row.partition("=")
+            given[name] = self.config[theirs or name]
+        for name in (f"{net}_opt.{key}" for net in self.optimizers for key in ("lr", "eps", "clip")):
+            if name in self.config:
+                given[name.replace("_opt.", "_")] = self.config[name]
+        self.args = self.make_args(given)
         with patched(*self.sized_networks()):
             self.agent = self.script.Agent(self.args, self.spec, torch.get_default_device())
         self.index = {}
@@ -357,9 +362,6 @@ class Twin:
     def make_args(self, given: dict):
         """Our arguments: `given`, which are those of the table `settings`, and others."""
         raise NotImplementedError
-
-    def sized(self, network: str):
-        return self.args
 
     def observations(self) -> dict[str, tuple[int, ...]]:
         others = ("action", "reward", "discount", "is_first", "is_last", "is_terminal")
@@ -375,14 +377,9 @@ class Twin:
         discrete = meta["action_discrete" if "action_discrete" in meta else "discrete"]
         return EnvSpec(image, vector_dim, meta["action_dim"], discrete)
 
-    # ------------------------------------------------------------------------------------- networks
     def sized_networks(self) -> list[tuple[object, str, object]]:
-        """Patches that give each network its own sizes while the shipped `Agent` builds itself."""
-        def with_sizes(shipped, key):
-            return lambda args, *rest: shipped(self.sized(key), *rest)
-
-        return [(self.script, name, with_sizes(getattr(self.script, name), key))
-                for name, key in self.sized_classes.items()]
+        """Patches while the shipped `Agent` builds itself: for networks of other sizes or layers."""
+        return []
 
     def places(self, path: str, numbers: dict[str, Tensor]) -> Tensor:
         """Their parameter `path`, in its own layout, as places in the flat vector of all of ours.

@@ -45,11 +45,9 @@ class Twin(parity.Twin):
         (r"/kernel$", "/weight"), (r"/", "."),
     ]
     settings = """deter=deter_size hidden=deter_size stoch=stoch_size units=num_units depth=cnn_depth
-        pcont=pcont pcont_scale=pcont_scale kl_scale=kl_scale free_nats=free_nats
-        clip_rewards=clip_rewards imag_horizon=horizon gamma=discount return_lambda=disclam
-        actor_init_std=action_init_std expl_amount=expl_amount expl_decay=expl_decay
-        expl_min=expl_min model_lr=model_lr actor_lr=actor_lr critic_lr=value_lr
-        model_clip=grad_clip actor_clip=grad_clip critic_clip=grad_clip"""
+        pcont pcont_scale kl_scale free_nats clip_rewards imag_horizon=horizon gamma=discount
+        return_lambda=disclam actor_init_std=action_init_std expl_amount expl_decay expl_min
+        model_lr actor_lr critic_lr=value_lr model_clip=grad_clip actor_clip=grad_clip critic_clip=grad_clip"""
 
     def make_args(self, given: dict) -> d1.Args:
         eps = {f"{name}_eps": 1e-7 for name in self.theirs}

@@ -52,17 +52,13 @@ class Twin(parity.Twin):
         (r"/(kernel|scale)$", "/weight"), (r"/", "."),
     ]
     flipped, vector_out = r"/dec/cnn/s\d+res/kernel$", r"/dec/mlp/dist_(.*)/out/"
-    sized_classes = {"Encoder": "encoder", "Decoder": "decoder"}
-    settings = """imag_horizon=imag_horizon units=actor.units layers=actor.layers bins=critic.bins
+    settings = """imag_horizon units=actor.units layers=actor.layers bins=critic.bins
         deter=rssm.deter hidden=rssm.units stoch=rssm.stoch classes=rssm.classes unimix=rssm.unimix
         beta_dyn=loss_scales.dyn beta_rep=loss_scales.rep free_bits=dyn_loss.free
-        return_lambda=return_lambda critic_ema_regularizer=loss_scales.slowreg
+        return_lambda critic_ema_regularizer=loss_scales.slowreg
         return_norm_low=retnorm.perclo return_norm_high=retnorm.perchi
         return_norm_decay=retnorm.decay actor_entropy=actent actor_min_std=actor.minstd
-        actor_max_std=actor.maxstd model_lr=model_opt.lr model_eps=model_opt.eps
-        model_clip=model_opt.clip actor_lr=actor_opt.lr actor_eps=actor_opt.eps
-        actor_clip=actor_opt.clip critic_lr=critic_opt.lr critic_eps=critic_opt.eps
-        critic_clip=critic_opt.clip"""
+        actor_max_std=actor.maxstd"""
     return_scale = ("retnorm_init/low", "retnorm_init/high")
     scale_names = {"actor": "actor", "critic": "critic"}  # theirs of loss scales
     policy_logits = "logits"  # our name of the logits of a policy that theirs has
@@ -90,10 +86,13 @@ class Twin(parity.Twin):
         """World model: each prediction's scale."""
         return {name: scale / self.args.beta_pred for name, scale in self.predictions().items()}
 
-    def sized(self, network: str) -> d3.Args:
-        own = ("mlp_units", "mlp_layers", "cnn_depth")
-        return replace(self.args, **{name.removeprefix("cnn_"): self.config[f"{network}.{name}"]
-                                     for name in own})
+    def sized_networks(self) -> list[tuple[object, str, object]]:
+        """Encoder and decoder have sizes of their own."""
+        def sized(shipped, key):
+            own = {name.removeprefix("cnn_"): self.config[f"{key}.{name}"]
+                   for name in ("mlp_units", "mlp_layers", "cnn_depth")}
+            return lambda args, *rest: shipped(replace(args, **own), *rest)
+        return [(d3, name, sized(getattr(d3, name), name.lower())) for name in ("Encoder", "Decoder")]
 
     def load_weights(self) -> None:
         """The return scale is no parameter."""

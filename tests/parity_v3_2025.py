@@ -73,7 +73,7 @@ class Twin(parity_v3.Twin):
         (r"^dyn/", "world_model/rssm/"), (r"/(kernel|scale)$", "/weight"), (r"/", "."),
     ]
     swapped, flipped, vector_out = r"dec/mlp/linear0/kernel$", "$^", "$^"
-    sized_classes, optimizers = {}, {"all": "all"}
+    optimizers = {"all": "all"}
     return_scale = ("params_init/retnorm/lo/value", "params_init/retnorm/hi/value")
     scale_names = {"actor": "policy", "critic": "value"}
     policy_logits, scaled_elements = "raw", False
@@ -119,7 +119,7 @@ class Twin(parity_v3.Twin):
             if len(self.vectors) > 1:
                 made.vector_head.out = Outputs(args.units, [math.prod(self.obs[key]) for key in self.vectors])
             return made
-        return [*super().sized_networks(), (d, "Decoder", decoder)]
+        return [(d, "Decoder", decoder)]
 
     def places(self, path: str, numbers: dict[str, Tensor]) -> Tensor:
         """Their kernel of the hidden layer has [a part of deter, x, action] for each block; ours are apart."""
