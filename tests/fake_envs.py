@@ -27,8 +27,7 @@ class CountingEnv(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
 
-    def __init__(self, parts="both", continuous=False, length=LENGTH, terminates=True,
-                 render_mode=None):
+    def __init__(self, parts="both", continuous=False, length=LENGTH, terminates=True, render_mode=None):
         self.parts, self.length, self.terminates = parts, length, terminates
         self.render_mode = render_mode
         image = spaces.Box(0, 255, (8, 8, 3), np.uint8)
@@ -126,14 +125,10 @@ class BrokenEnv(CountingEnv):
         if self.fault == "hang":
             self.hang()
         image, vector = observation["image"], observation["vector"]
-        observation = {
-            "nan_obs": {"image": image, "vector": vector * np.nan},
-            "inf_obs": {"image": image, "vector": vector + np.inf},
-            "shape": {"image": image, "vector": vector[:2]},
-            "dtype": {"image": image / 255.0, "vector": vector},
-            "missing": {"image": image},
-            "ragged": {"image": image, "vector": [1, [2, 3], 4]},
-        }.get(self.fault, observation)
+        observation = {"nan_obs": {"image": image, "vector": vector * np.nan}, "inf_obs": {
+            "image": image, "vector": vector + np.inf}, "shape": {"image": image, "vector": vector[:2]},
+                       "dtype": {"image": image / 255.0, "vector": vector}, "missing": {"image": image},
+                       "ragged": {"image": image, "vector": [1, [2, 3], 4]}}.get(self.fault, observation)
         reward = {"nan_reward": np.nan, "inf_reward": -np.inf, "text_reward": "much",
                   "two_rewards": np.array([1.0, 2.0])}.get(self.fault, reward)
         flag = {"dict_flag": {"__all__": True}, "text_flag": "False", "nan_flag": np.nan,

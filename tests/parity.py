@@ -51,7 +51,7 @@ from torch import Tensor
 
 from common.spaces import EnvSpec
 
-# tests.parity_v3 and its siblings have IGNORED, tolerance, RMS, a Twin and check_math.
+# tests.parity_v3 and its siblings have IGNORED, TOLERANCE, RMS, a Twin and Math.
 VERSIONS = ("v3_2025", "v3", "v2", "v1")
 PARTS = r"_(steps|opt|gradparts|step|params)$"  # X_steps.npz and the like belong to fixture X
 
@@ -82,9 +82,6 @@ class Fixture:
     def tensor(self, key: str) -> Tensor:
         return torch.from_numpy(np.array(self[key])).to(torch.get_default_device())
 
-    def leaf(self, key: str) -> Tensor:
-        return self.tensor(key).requires_grad_()
-
     def under(self, prefix: str) -> list[str]:
         """Every key below `prefix`, without it."""
         return [key[len(prefix):] for key in self.arrays if key.startswith(prefix)]
@@ -99,19 +96,19 @@ class Report:
 
     def __init__(self, quiet: bool = False, slack: float = 1.0):
         self.quiet, self.slack = quiet, slack  # of every tolerance
-        self.lines, self.failed, self.worst = 0, [], {}
+        self.lines, self.failed, self.worst, self.tolerance = 0, [], {}, {}
 
     def begin(self, fixture: "Fixture", version: ModuleType) -> None:
         """Say which fixture comes; the version says what it tolerates."""
-        self.where, self.tolerance, self.rms = fixture.name, version.tolerance(fixture), version.RMS
+        self.where, self.rms = fixture.name, version.RMS
+        self.tolerance = {"exact": 0.0} | version.TOLERANCE
         self.say(f"\n{fixture.name}")
 
     def line(self, name: str, error: float, kind: str) -> None:
         """Print one comparison. A NaN is a failure."""
         limit = self.tolerance[kind] * self.slack
         self.lines += 1
-        self.worst[self.where, kind] = max(self.worst.get((self.where, kind), (0.0, "")),
-                                           (error, name))
+        self.worst[self.where, kind] = max(self.worst.get((self.where, kind), (0.0, "")), (error, name))
         self.say(f"{name:<76} {error:9.2e} {limit:7.0e} {'ok' if error <= limit else 'FAIL'}")
         if not error <= limit:
             self.failed.append(f"{self.where}: {name}")
@@ -129,13 +126,19 @@ class Report:
             self.fail(name, str(why))
 
     def check_all(self, fixture: Fixture, prefix: str, ours: dict[str, Tensor], kind: str) -> None:
-        """Compare every tensor below `prefix`: a line for the worst one and for each failure."""
-        expected, errors = fixture.under(prefix), {}
+        """Compare every tensor below `prefix`."""
+        expected = fixture.under(prefix)
         if set(expected) != set(ours):
             self.fail(prefix, f"other names: {sorted(set(expected) ^ set(ours))}")
-        for path in set(expected) & set(ours):
+        common = [path for path in expected if path in ours]
+        self.check_worst(prefix, ours, {path: fixture[prefix + path] for path in common}, kind)
+
+    def check_worst(self, prefix: str, ours: dict, expected: dict, kind: str) -> None:
+        """Compare tensors by their names: a line for the worst one and for each failure."""
+        errors = {}
+        for path, array in expected.items():
             try:
-                errors[path] = self.error(ours[path], fixture[prefix + path], kind)
+                errors[path] = self.error(ours[path], array, kind)
             except Mismatch as why:
                 self.fail(prefix + path, str(why))
         if errors:
@@ -157,11 +160,12 @@ class Report:
         difference = np.abs(a - b)
         if kind in ("parameter", "exact"):
             return float(difference.max())
-        if scale is None:
+        if callable(scale):
+            scale = scale(b)
+        elif scale is None:
             scale = np.sqrt((b * b).mean()) if self.rms and kind == "gradient" else np.abs(b).max()
         unit = np.broadcast_to(np.asarray(scale, np.float64), a.shape)
-        relative = np.divide(difference, unit, out=np.where(difference == 0, 0.0, np.inf),
-                             where=unit > 0)
+        relative = np.divide(difference, unit, out=np.where(difference == 0, 0.0, np.inf), where=unit > 0)
         return float(relative.max())
 
     def say(self, text: str) -> None:
@@ -198,7 +202,7 @@ def recorder(log: dict, owner, name: str, after=None) -> tuple[object, str, obje
     def call(*args, **kwargs):
         arguments = signature.bind(*args, **kwargs).arguments
         result = original(*args, **kwargs)
-        log[name] = SimpleNamespace(**arguments, given=arguments, result=result)
+        log[name] = SimpleNamespace(**arguments, given=arguments, result=result, earlier=log.get(name))
         return after(result, log[name]) if after else result
 
     return owner, name, call
@@ -228,14 +232,6 @@ def gradient(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs))
 
 
-def compare(report: Report, fixture: Fixture, prefix: str, forward: dict,
-            backward: dict | None = None):
-    """Compare values and gradients below `prefix`."""
-    for kind, found in (("forward", forward), ("gradient", backward or {})):
-        for key, ours in found.items():
-            report.check(prefix + key, ours, fixture[prefix + key], kind)
-
-
 @torch.enable_grad()
 def per_step(function, call: SimpleNamespace) -> Tensor:
     """element (H, N) of a loss = mean(weight * element), from a call of that loss."""
@@ -246,8 +242,7 @@ def per_step(function, call: SimpleNamespace) -> Tensor:
 
 
 def shipped_losses(script: ModuleType, args, shape: tuple, post=None, prior=None, reward=None,
-                   terminal=None, image=None, vector=None, predicted=None,
-                   cont=None) -> dict[str, Tensor]:
+                   terminal=None, image=None, vector=None, predicted=None, cont=None) -> dict[str, Tensor]:
     """`world_model_loss` of a model whose networks say what they are told to.
 
     What is not given does not matter. The reward and discount heads, and the continue head unless
@@ -258,28 +253,69 @@ def shipped_losses(script: ModuleType, args, shape: tuple, post=None, prior=None
     still.detach = lambda: still
     echo = SimpleNamespace(log_prob=lambda target: target)
     model = SimpleNamespace(
-        encoder=lambda *_: state, reward=lambda _: echo, cont=lambda _: cont or echo,
-        discount=lambda _: echo,
+        encoder=lambda *_: state, reward=lambda _: echo, cont=lambda _: cont or echo, discount=lambda _: echo,
         decoder=SimpleNamespace(image=lambda _: predicted, vector=lambda _: predicted),
         rssm=SimpleNamespace(observe=lambda *_: (state, state, state),
-                             latent=lambda _: post or still,
-                             prior=lambda _: prior or still))
+                             latent=lambda _: post or still, prior=lambda _: prior or still))
     batch = script.Batch(image, vector, state, zeros if reward is None else reward, None,
                          zeros > 1 if terminal is None else terminal)
-    return script.world_model_loss(model, batch, script.State(state[0], state[0], state[0]),
-                                   args)[0]
+    return script.world_model_loss(model, batch, script.State(state[0], state[0], state[0]), args)[0]
 
 
-def check_steps(report: Report, fixture: Fixture, prefix: str, make_optimizer) -> None:
-    """Steps of an optimiser for gradients that are given: loss = <parameter, gradient>."""
-    params = {key: nn.Parameter(fixture.tensor(f"{prefix}init/{key}")) for key in "ab"}
-    optimizer = make_optimizer(params.values())
-    for i in range(fixture.numbered(prefix)):
-        loss = sum((p * fixture.tensor(f"{prefix}{i}/grad_{key}")).sum()
-                   for key, p in params.items())
-        compare(report, fixture, f"{prefix}{i}/", {"norm": optimizer.apply(optimizer.grads(loss))})
-        for key, param in params.items():
-            report.check(f"{prefix}{i}/{key}", param, fixture[f"{prefix}{i}/{key}"], "parameter")
+class Piece:
+    """A single piece of the algorithm: the arrays of a fixture below a prefix."""
+
+    def __init__(self, report: Report, fixture: Fixture, prefix: str):
+        self.report, self.fixture, self.prefix = report, fixture, prefix
+
+    def __call__(self, key: str) -> Tensor:
+        return self.fixture.tensor(self.prefix + key)
+
+    def leaf(self, key: str) -> Tensor:
+        return self(key).requires_grad_()
+
+    def __contains__(self, key: str) -> bool:
+        return self.prefix + key in self.fixture
+
+    def under(self, prefix: str = "") -> list[str]:
+        return self.fixture.under(self.prefix + prefix)
+
+    def below(self, prefix: str) -> "Piece":
+        return Piece(self.report, self.fixture, self.prefix + prefix)
+
+    def check(self, key: str, ours, kind: str = "forward", scale=None) -> None:
+        """Compare one array, if the fixture has it; if it has more, `check_coverage` says so."""
+        if key in self:
+            self.report.check(self.prefix + key, ours, self.fixture[self.prefix + key], kind, scale)
+
+    def compare(self, forward: dict, backward: dict | None = None) -> None:
+        """Compare values and gradients."""
+        for kind, found in (("forward", forward), ("gradient", backward or {})):
+            for key, ours in found.items():
+                self.check(key, ours, kind)
+
+    def steps(self, make_optimizer) -> None:
+        """Steps of an optimiser for gradients that are given: loss = <parameter, gradient>."""
+        params = {key: nn.Parameter(self(f"init/{key}")) for key in "ab"}
+        optimizer = make_optimizer(nn.ParameterList(params.values()))
+        for i in range(self.fixture.numbered(self.prefix)):
+            loss = sum((p * self(f"{i}/grad_{key}")).sum() for key, p in params.items())
+            self.check(f"{i}/norm", optimizer.apply(optimizer.grads(loss)))
+            for key, param in params.items():
+                self.check(f"{i}/{key}", param, "parameter")
+
+    def inputs(self, script: ModuleType, flags, rewards: dict[str, str]) -> None:
+        """Images; rewards as the losses see them: their name of a `clip_rewards` -> ours."""
+        self.check("image_out", script.centre(self("image")))
+        reward = self("reward")
+        for theirs, ours in rewards.items():
+            found = shipped_losses(script, flags(clip_rewards=ours), reward.shape, reward=reward)
+            self.check(f"reward_{theirs}", -found["reward"])
+
+
+def element(expected: np.ndarray) -> np.ndarray:
+    """Scale of a tensor that spans many orders of magnitude."""
+    return np.abs(expected).clip(1)
 
 
 def batch_major(x: Tensor) -> Tensor:
@@ -296,9 +332,7 @@ class Twin:
     rename: list[tuple[str, str]] = []  # their name of a parameter -> ours
     swapped = flipped = "$^"  # kernels that read [stoch, deter], ours [deter, stoch]; see `places`
     vector_out = "$^"  # the decoder's output layer of one vector
-    sized_classes: dict[str,
-                        str] = {}  # a network whose sizes may be its own -> its key in the settings
-    sized_heads: dict[str, str] = {}
+    settings = ""  # our flags and their settings: "flag=setting ...", or "flag" alone; optimisers by rule
     optimizers = {"model": "world_model", "actor": "actor", "critic": "critic"}
 
     def __init__(self, fixture: Fixture, report: Report | None = None):
@@ -312,20 +346,22 @@ class Twin:
         self.columns = {key: slice(*stops[i:i + 2]) for i, key in enumerate(self.vectors)}
         self.rows, self.length = fixture["batch1/reward"].shape
         self.spec = self.env_spec(stops[-1])
-        try:
-            self.args = self.make_args()
-        except self.script.UserError as why:
-            raise Mismatch(str(why)) from why
+        given = {"batch_size": self.rows, "batch_length": self.length}
+        for row in self.settings.split():
+            name, _, theirs = row.partition("=")
+            given[name] = self.config[theirs or name]
+        for name in (f"{net}_opt.{key}" for net in self.optimizers for key in ("lr", "eps", "clip")):
+            if name in self.config:
+                given[name.replace("_opt.", "_")] = self.config[name]
+        self.args = self.make_args(given)
         with patched(*self.sized_networks()):
             self.agent = self.script.Agent(self.args, self.spec, torch.get_default_device())
         self.index = {}
         self.load_weights()
 
-    def make_args(self):
+    def make_args(self, given: dict):
+        """Our arguments: `given`, which are those of the table `settings`, and others."""
         raise NotImplementedError
-
-    def sized(self, network: str):
-        return self.args
 
     def observations(self) -> dict[str, tuple[int, ...]]:
         others = ("action", "reward", "discount", "is_first", "is_last", "is_terminal")
@@ -336,32 +372,14 @@ class Twin:
         """All images stacked on channels, as `common.envs` does; vectors side by side."""
         image, shapes = None, [self.obs[key] for key in self.images]
         if shapes:
-            height, width, _ = shapes[0]
-            if height != width:
-                raise Mismatch(f"images of {height} x {width}; ours are square")
-            image = height, width, sum(shape[-1] for shape in shapes)
+            image = *shapes[0][:2], sum(shape[-1] for shape in shapes)
         meta = self.fixture.meta
         discrete = meta["action_discrete" if "action_discrete" in meta else "discrete"]
         return EnvSpec(image, vector_dim, meta["action_dim"], discrete)
 
-    # ------------------------------------------------------------------------------------- networks
     def sized_networks(self) -> list[tuple[object, str, object]]:
-        """Patches that give each network its own sizes while the shipped `Agent` builds itself."""
-        def with_sizes(shipped, key):
-            return lambda args, *rest: shipped(self.sized(key), *rest)
-
-        def world_model(args, spec, shipped=self.script.WorldModel):
-            model = shipped(args, spec)
-            for name, key in self.sized_heads.items():
-                if hasattr(model, name):
-                    sizes, outputs = self.sized(key), self.config.get(f"{key}.bins", 1)
-                    head = self.script.Head(model.feat_dim, sizes.units, sizes.layers, outputs)
-                    setattr(model, name, head)
-            return model
-
-        networks = [(self.script, name, with_sizes(getattr(self.script, name), key))
-                    for name, key in self.sized_classes.items()]
-        return [*networks, (self.script, "WorldModel", world_model)]
+        """Patches while the shipped `Agent` builds itself: for networks of other sizes or layers."""
+        return []
 
     def places(self, path: str, numbers: dict[str, Tensor]) -> Tensor:
         """Their parameter `path`, in its own layout, as places in the flat vector of all of ours.
@@ -377,8 +395,7 @@ class Twin:
         place = numbers.get(name) if None in parts else torch.cat(parts, 1)
         if place is None:
             raise Mismatch(f"no place for {path} ({name})")
-        if key := re.search(self.vector_out,
-                            path):  # our decoder has one output layer for all vectors
+        if key := re.search(self.vector_out, path):  # ours has one output layer for all vectors
             place = place[self.columns[key[1]]]
         if path.endswith("kernel"):
             place = place.T if place.ndim == 2 else place.permute(2, 3, 1, 0)
@@ -440,8 +457,7 @@ class Twin:
     def seen(self, batch, t: int):
         """What the environments would show at time `t` of a batch; time 0 begins an episode."""
         zeros, first = np.zeros(self.rows, np.float32), batch.is_first[t].cpu().numpy() | (t == 0)
-        image, vector = (None if x is None else x[t].cpu().numpy()
-                         for x in (batch.image, batch.vector))
+        image, vector = (None if x is None else x[t].cpu().numpy() for x in (batch.image, batch.vector))
         return self.script.EnvStep(image, vector, zeros, first, zeros > 0, zeros > 0, zeros, zeros)
 
     # -------------------------------------------------------------------------------------- running
@@ -463,24 +479,21 @@ class Twin:
         d, model = self.script, self.agent.world_model
         embed = model.encoder(d.centre(batch.image), batch.vector)
         deter, stoch, raw = model.rssm.observe(embed, d.previous_actions(batch, carry.action),
-                                               batch.is_first,
-                                               carry.deter, carry.stoch)
+                                               batch.is_first, carry.deter, carry.stoch)
         feat = torch.cat([deter, stoch], -1)
         return embed, deter, stoch, model.rssm.latent(raw), model.rssm.prior(deter), feat
 
-    def recorded(self, batch, carry, after: dict, *more) -> SimpleNamespace:
-        """Run `train_step`; its metrics, the calls of the shipped functions, and each optimiser's
-        part.
+    def recorded(self, given: tuple, after: dict, *more) -> SimpleNamespace:
+        """Run `train_step`: what it returns, calls of shipped functions, each optimiser's part.
 
         `after`: function -> what is done to its result. `more`: further recorders, from a log."""
         log, d = {}, self.script
         names = ("world_model_loss", "imagine", "lambda_return", "actor_loss", "critic_loss")
-        with patched(*(recorder(log, d, name, after.get(name)) for name in names),
-                     *(patch for make in more for patch in make(log)),
-                     *optimizer_recorders(log, d.Optimizer)):
-            metrics = self.agent.train_step(batch, carry)
+        with patched(*(recorder(log, d, name, after.get(name)) for name in names), *(
+            patch for make in more for patch in make(log)), *optimizer_recorders(log, d.Optimizer)):
+            returned = self.agent.train_step(*given)
         opts = {name: log.pop(id(getattr(self.agent, f"{name}_opt"))) for name in self.optimizers}
-        return SimpleNamespace(**log, **opts, metrics=metrics)
+        return SimpleNamespace(**log, **opts, returned=returned)
 
     def scaled_model(self, result, call):
         """Loss scales that are no flag of ours, put on the shipped losses."""
@@ -501,14 +514,7 @@ class Twin:
             for n in range(1, self.fixture.numbered("batch") + 1):
                 self.check_update(n)
 
-    def check_acting(self) -> None:
-        raise NotImplementedError
-
-    def check_update(self, n: int) -> None:
-        raise NotImplementedError
-
-    def compare(self, key: str, ours, kind: str = "forward", scale=None,
-                steps: slice | None = None) -> None:
+    def compare(self, key: str, ours, kind: str = "forward", scale=None, steps: slice | None = None) -> None:
         """Compare one array, or some of its steps, if the fixture has it."""
         if key in self.fixture:
             expected = self.fixture[key] if steps is None else self.fixture[key][steps]
@@ -535,8 +541,7 @@ class Twin:
     def check_parameters(self, prefix: str) -> None:
         if self.fixture.under(prefix):
             params = list(self.agent.parameters())
-            self.report.check_all(self.fixture, prefix, self.in_their_layout(params, params),
-                                  "parameter")
+            self.report.check_all(self.fixture, prefix, self.in_their_layout(params, params), "parameter")
 
     def start_order(self, x: Tensor) -> Tensor:
         """Sort our imagination columns n = t * B + b like theirs, n = b * T + t."""
@@ -560,14 +565,17 @@ def check_coverage(report: Report, fixture: Fixture, ignored: dict[str, str]) ->
 
 
 def check_fixture(report: Report, fixture: Fixture, version: ModuleType) -> None:
-    """Compare everything in one fixture."""
+    """Compare everything in one fixture: an agent's, or single pieces by the version's Math."""
     report.begin(fixture, version)
     try:
         if fixture.under(version.Twin.init):
             version.Twin(fixture, report).check()
         else:
             with patched(*rule(version.Twin.script)):
-                version.check_math(report, fixture)
+                for name in dir(version.Math):
+                    prefix = name.removeprefix("math_") + "/"
+                    if name.startswith("math_") and fixture.under(prefix):
+                        getattr(version.Math(report, fixture, prefix), name)()
         check_coverage(report, fixture, version.IGNORED)
     except Mismatch as why:
         report.fail(fixture.name, str(why))

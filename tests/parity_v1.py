@@ -12,9 +12,7 @@ from torch import Tensor
 import dreamer_v1 as d1
 from common.spaces import EnvSpec
 from tests import parity
-from tests.parity import (Fixture, Mismatch, Report, batch_major, check_steps, compare, gradient,
-                          patched,
-                          recorder, shipped_losses)
+from tests.parity import Piece, batch_major, gradient, patched, recorder, shipped_losses
 from tests.tiny import plain_args
 
 IGNORED = {
@@ -27,10 +25,7 @@ IGNORED = {
     "onehot/entropy": "V1 has no entropy bonus",
 }
 RMS = True  # the scale of a gradient is its root mean square
-
-
-def tolerance(fixture: Fixture) -> dict[str, float]:
-    return {"forward": 1e-5, "gradient": 1e-4, "parameter": 2e-6, "exact": 0.0}
+TOLERANCE = {"forward": 1e-5, "gradient": 1e-4, "parameter": 2e-6}
 
 
 # ----------------------------------------------------------------------------- an agent like theirs
@@ -40,11 +35,8 @@ class Twin(parity.Twin):
     script = d1
     swapped = r"^(decode/h1|(reward|pcont|value|actor)/h0)/kernel$"
     rename = [
-        (r"^value/", "critic/head/"), (r"^actor/", "actor/head/"),
-        (r"^reward/", "world_model/reward_head/"),
-        (r"^pcont/", "world_model/discount_head/"), (r"_head/h(\d+)/|/head/h(\d+)/",
-                                                 lambda m: m[0].replace("/h" + (m[1] or m[2]) + "/",
-                                                                        f"/mlp/{m[1] or m[2]}/")),
+        (r"^value/", "critic/head/"), (r"^actor/", "actor/head/"), (r"^reward/", "world_model/reward_head/"),
+        (r"^pcont/", "world_model/discount_head/"), (r"(_head|/head)/h(\d+)/", r"\1/mlp/\2/"),
         (r"/hout/", "/out/"), (r"^decode/h1/", "world_model/decoder/cnn_in/"),
         (r"^decode/h(\d)/", lambda m: f"world_model/decoder/cnn/{2 * int(m[1]) - 4}/"),
         (r"^encode/h(\d)/", lambda m: f"world_model/encoder/cnn/{2 * int(m[1]) - 2}/"),
@@ -52,34 +44,22 @@ class Twin(parity.Twin):
         (r"/img3/", "/img_stats/"), (r"/obs1/", "/obs_out/"), (r"/obs2/", "/obs_stats/"),
         (r"/kernel$", "/weight"), (r"/", "."),
     ]
+    settings = """deter=deter_size hidden=deter_size stoch=stoch_size units=num_units depth=cnn_depth
+        pcont pcont_scale kl_scale free_nats clip_rewards imag_horizon=horizon gamma=discount
+        return_lambda=disclam actor_init_std=action_init_std expl_amount expl_decay expl_min
+        model_lr actor_lr critic_lr=value_lr model_clip=grad_clip actor_clip=grad_clip critic_clip=grad_clip"""
 
-    def make_args(self) -> d1.Args:
-        c = self.config
-        if c["action_dist"] != ("onehot" if self.spec.discrete else "tanh_normal"):
-            raise Mismatch(f"action_dist {c['action_dist']}; ours follows from the kind of actions")
-        learning = {f"{ours}_{key}": value for ours, theirs in self.theirs.items()
-                    for key, value in (("lr", c[f"{theirs}_lr"]), ("eps", 1e-7),
-                                       ("clip", c["grad_clip"]))}
-        return plain_args(
-            d1, batch_size=self.rows, batch_length=self.length,
-            deter=c["deter_size"], hidden=c["deter_size"], stoch=c["stoch_size"],
-            units=c["num_units"],
-            reward_layers=self.layers("reward"), critic_layers=self.layers("value"),
-            pcont_layers=self.layers("pcont"), actor_layers=self.layers("actor"),
-            depth=c["cnn_depth"],
-            pcont=c["pcont"], pcont_scale=c["pcont_scale"], kl_scale=c["kl_scale"],
-            free_nats=c["free_nats"], clip_rewards=c["clip_rewards"], imag_horizon=c["horizon"],
-            gamma=c["discount"], return_lambda=c["disclam"], actor_init_std=c["action_init_std"],
-            actor_min_std=1e-4, expl_amount=c["expl_amount"], expl_decay=c["expl_decay"],
-            expl_min=c["expl_min"], **learning)
+    def make_args(self, given: dict) -> d1.Args:
+        eps = {f"{name}_eps": 1e-7 for name in self.theirs}
+        layers = {f"{ours}_layers": self.layers(theirs) for ours, theirs in (
+            ("reward", "reward"), ("critic", "value"), ("pcont", "pcont"), ("actor", "actor"))}
+        return plain_args(d1, **given | layers | eps, actor_min_std=1e-4)
 
     def layers(self, head: str) -> int:
         """Hidden layers of a head, which are no setting in theirs; 1 if they have no such head."""
-        return max(1, len([path for path in self.paths if re.fullmatch(head + r"/h\d+/bias",
-                                                                       path)]))
+        return max(1, sum(bool(re.fullmatch(head + r"/h\d+/bias", path)) for path in self.paths))
 
-    theirs = {"model": "model", "actor": "actor",
-              "critic": "value"}  # their names of the optimisers
+    theirs = {"model": "model", "actor": "actor", "critic": "value"}  # their names of the optimisers
 
     def places(self, path: str, numbers: dict[str, Tensor]) -> Tensor:
         """The GRU's gates are z, r, h in theirs, r, z, n in ours; its two biases are one array."""
@@ -96,8 +76,6 @@ class Twin(parity.Twin):
     def flags(self, get) -> tuple[Tensor, Tensor]:
         """Their windows never reset the state; an end has discount 0."""
         discount = get("discount")
-        if ((discount != 0) & (discount != 1)).any():
-            raise Mismatch("a discount that is neither 0 nor 1")
         return torch.zeros_like(discount, dtype=torch.bool), discount == 0
 
     # ---------------------------------------------------------------------------------- comparisons
@@ -121,7 +99,7 @@ class Twin(parity.Twin):
         batch, carry = self.batch(n), self.carry(n)
         with torch.no_grad():
             before = self.probe(batch, carry)
-        call = self.recorded(batch, carry, {"world_model_loss": self.scaled_model,
+        call = self.recorded((batch, carry), {"world_model_loss": self.scaled_model,
                                             "imagine": self.probe_imagination})
         self.check_world_model(n, call, before)
         self.check_behaviour(n, call)
@@ -135,11 +113,10 @@ class Twin(parity.Twin):
         """What the world model computes on the way to its losses, by their names."""
         model = self.agent.world_model
         embed, deter, stoch, post, prior, feat = self.posterior(batch, carry)
-        found = {"embed": embed, "feat": torch.cat([stoch, deter], -1), "kl": post.kl(prior),
-                 "reward_mean": model.reward(feat).mean(), "post/mean": post.mean,
-                 "post/std": post.std,
-                 "prior/mean": prior.mean, "prior/std": prior.std, "prior/deter": deter,
-                 "prior/stoch": prior.sample(), "image_mean": model.decoder.image(feat)}
+        found = {"embed": embed, "feat": torch.cat([stoch, deter], -1),
+                 "kl": post.kl(prior), "reward_mean": model.reward(feat).mean(), "post/mean": post.mean,
+                 "post/std": post.std, "prior/mean": prior.mean, "prior/std": prior.std,
+                 "prior/deter": deter, "prior/stoch": prior.sample(), "image_mean": model.decoder.image(feat)}
         if self.args.pcont:
             found["pcont_logit"] = model.discount(feat).logit
             found["pcont_target"] = self.args.gamma * (~batch.is_terminal).float()
@@ -152,8 +129,7 @@ class Twin(parity.Twin):
         image = before.pop("image_mean")
         losses, deter, stoch, _ = call.result
         self.compare_all(prefix, before)
-        self.compare_all(prefix + "post/", {"deter": batch_major(deter),
-                                            "stoch": batch_major(stoch)})
+        self.compare_all(prefix + "post/", {"deter": batch_major(deter), "stoch": batch_major(stoch)})
         self.compare_image(prefix, image)
         for name, theirs, scale in (("image", "image", 1.0), ("reward", "reward", 1.0),
                                     ("discount", "pcont", args.pcont_scale)):
@@ -162,8 +138,7 @@ class Twin(parity.Twin):
                 self.compare(f"{prefix}like_{theirs}", -losses[name].mean())
         total = sum(loss.mean() for loss in call.scaled.values())
         self.compare_all(prefix, {"div": losses["kl"] / args.kl_scale,
-                                  "div_raw": before["kl"].mean(),
-                                  "model_loss": total})
+                                  "div_raw": before["kl"].mean(), "model_loss": total})
 
     @torch.no_grad()
     def probe_imagination(self, feat: Tensor, call: SimpleNamespace) -> Tensor:
@@ -174,8 +149,7 @@ class Twin(parity.Twin):
         prior = model.rssm.prior(deter)
         call.found = {"deter": deter, "stoch": stoch, "feat": torch.cat([stoch, deter], -1),
                       "mean": prior.mean, "std": prior.std, "action": policy.sample(),
-                      "reward": model.reward(feat[1:]).mean(),
-                      "value": agent.critic(feat[1:]).mean()}
+                      "reward": model.reward(feat[1:]).mean(), "value": agent.critic(feat[1:]).mean()}
         call.found["pcont"] = torch.full_like(call.found["value"], self.args.gamma)
         if self.args.pcont:
             call.found["pcont"] = model.discount(feat[1:]).mean()
@@ -201,60 +175,9 @@ class Twin(parity.Twin):
 
 
 # ------------------------------------------------------------------------------------ single pieces
-def check_math(report: Report, fixture: Fixture) -> None:
-    """Every unit-level quantity of `math.npz` that our code has."""
-    checks = {"lam": math_returns, "traj": math_losses, "kl": math_kl, "like": math_likelihoods,
-              "pre": math_inputs, "actor": math_actor, "onehot": math_one_hot,
-              "adam": math_optimizer}
-    for prefix, check in checks.items():
-        if fixture.under(prefix + "/"):
-            check(report, fixture, prefix + "/")
-
-
 def flags(**given) -> d1.Args:
     return plain_args(d1, **{"pcont": False, "kl_scale": 1.0, "free_nats": 3.0,
-                             "clip_rewards": "none", "return_lambda": 0.95,
-                             "actor_min_std": 1e-4} | given)
-
-
-def math_returns(report: Report, fixture: Fixture, prefix: str) -> None:
-    """Lambda-return: what follows from state t stands at index t + 1 of value."""
-    reward, value, cont = (fixture.tensor(prefix + key) for key in ("reward", "value", "pcont"))
-    bootstrap = fixture.tensor(prefix + "bootstrap")
-    for key in fixture.under(prefix + "ret_"):
-        given, _, lambda_ = key.rpartition("lambda")
-        if given.startswith("axis1"):
-            continue
-        last = torch.zeros_like(bootstrap) if given == "boot_none_" else bootstrap
-        discount = torch.full_like(cont, 0.99) if given == "pcont0.99_" else cont
-        ours = d1.lambda_return(reward, discount, torch.cat([value[1:], last[None]]),
-                                float(lambda_))
-        compare(report, fixture, prefix, {f"ret_{key}": ours})
-
-
-def math_losses(report: Report, fixture: Fixture, prefix: str) -> None:
-    """Returns, weights and losses of `Agent.learn`, with heads that say what lam/* says."""
-    reward, value, cont = (fixture.tensor(f"lam/{key}") for key in ("reward", "value", "pcont"))
-    (steps, rows), log = reward.shape, {}
-    args = flags(pcont=True, imag_horizon=steps, batch_size=rows, batch_length=2)
-    agent = d1.Agent(args, EnvSpec(None, 1, 1, False), torch.get_default_device())
-    zeros = torch.zeros(2, rows)
-    batch = d1.Batch(None, zeros[..., None], zeros[..., None], zeros, zeros > 1, zeros > 1)
-
-    def head(owner, name, given, make):
-        shipped = getattr(owner, name)
-        return owner, name, lambda self, feat: (
-            make(given[:len(feat)]) if feat.shape[0] >= steps - 1 else shipped(self, feat))
-
-    grads = d1.Optimizer, "grads", lambda self, loss, **_: tuple(map(torch.zeros_like, self.params))
-    with patched(head(d1.WorldModel, "reward", reward, d1.Normal),
-                 head(d1.WorldModel, "discount", cont.logit(), d1.Bernoulli),
-                 head(d1.Critic, "forward", value, d1.Normal), grads,
-                 *(recorder(log, d1, name) for name in ("actor_loss", "critic_loss"))):
-        agent.learn(batch, agent.zero_state(rows))
-    actor, critic = log["actor_loss"], log["critic_loss"]
-    compare(report, fixture, prefix, {"returns": actor.ret, "discount": actor.weight,
-                                      "actor_loss": actor.result, "value_loss": critic.result})
+                             "clip_rewards": "none", "return_lambda": 0.95, "actor_min_std": 1e-4} | given)
 
 
 def latent(mean: Tensor, std: Tensor) -> d1.Latent:
@@ -264,70 +187,87 @@ def latent(mean: Tensor, std: Tensor) -> d1.Latent:
     return made
 
 
-def math_kl(report: Report, fixture: Fixture, prefix: str) -> None:
-    """KL of normals, and its loss with free nats for the mean: the gradient stops below them."""
-    leaves = {f"{side}_{key}": fixture.leaf(f"{prefix}{side}_{key}")
-              for side in ("post", "prior") for key in ("mean", "std")}
-    post, prior = (latent(leaves[f"{side}_mean"], leaves[f"{side}_std"])
-                   for side in ("post", "prior"))
-    kl = post.kl(prior)
-    compare(report, fixture, prefix, {"value": kl, "mean": kl.mean(),
-                                      "entropy_post": post.entropy()})
-    for key in fixture.under(prefix + "loss_free"):
-        loss = shipped_losses(d1, flags(free_nats=float(key)), kl.shape, post, prior)["kl"]
-        compare(report, fixture, prefix, {f"loss_free{key}": loss}, {
-            f"grad_{name}_free{key}": grad for name, grad in zip(leaves,
-                                                                 gradient(loss, *leaves.values()))})
+class Math(Piece):
+    """What is compared below a prefix is in the method of its name."""
 
+    def math_lam(self) -> None:
+        """Lambda-return: what follows from state t stands at index t + 1 of value."""
+        reward, value, cont, bootstrap = map(self, ("reward", "value", "pcont", "bootstrap"))
+        for key in self.under("ret_"):
+            given, _, lambda_ = key.rpartition("lambda")
+            if not given.startswith("axis1"):
+                last = torch.zeros_like(bootstrap) if given == "boot_none_" else bootstrap
+                discount = torch.full_like(cont, 0.99) if given == "pcont0.99_" else cont
+                next_value = torch.cat([value[1:], last[None]])
+                self.check(f"ret_{key}", d1.lambda_return(reward, discount, next_value, float(lambda_)))
 
-def math_likelihoods(report: Report, fixture: Fixture, prefix: str) -> None:
-    """Log-probabilities of images, rewards and discounts.
+    def math_traj(self) -> None:
+        """Returns, weights and losses of `Agent.learn`, with heads that say what lam/* says."""
+        reward, value, cont = (self.fixture.tensor(f"lam/{key}") for key in ("reward", "value", "pcont"))
+        (steps, rows), log = reward.shape, {}
+        args = flags(pcont=True, imag_horizon=steps, batch_size=rows, batch_length=2)
+        agent = d1.Agent(args, EnvSpec(None, 1, 1, False), torch.get_default_device())
+        zeros = torch.zeros(2, rows)
+        batch = d1.Batch(None, zeros[..., None], zeros[..., None], zeros, zeros > 1, zeros > 1)
 
-    Their library read the discounts, a numpy array here, as integers: 0.99 became 0. In training
-    they are tensors and stay what they are; pcont_logprob of an agent compares those.
-    """
-    def get(key):
-        return fixture.tensor(prefix + key)
-    image, flag = d1.Normal(get("image_mean")), d1.Bernoulli(get("pcont_logit"))
-    compare(report, fixture, prefix, {
-        "image_logprob": image.log_prob(get("image_target")).sum((-3, -2, -1)),
-        "reward_logprob": d1.Normal(get("reward_mean")).log_prob(get("reward_target")),
-        "pcont_logprob": flag.log_prob(get("pcont_target").trunc()), "pcont_mean": flag.mean()})
+        def head(owner, name, given, make):
+            shipped = getattr(owner, name)
+            return owner, name, lambda self, feat: (
+                make(given[:len(feat)]) if feat.shape[0] >= steps - 1 else shipped(self, feat))
 
+        grads = d1.Optimizer, "grads", lambda self, loss, **_: tuple(map(torch.zeros_like, self.params))
+        with patched(head(d1.WorldModel, "reward", reward, d1.Normal),
+                     head(d1.WorldModel, "discount", cont.logit(), d1.Bernoulli),
+                     head(d1.Critic, "forward", value, d1.Normal), grads,
+                     recorder(log, d1, "actor_loss"), recorder(log, d1, "critic_loss")):
+            agent.learn(batch, agent.zero_state(rows))
+        actor, critic = log["actor_loss"], log["critic_loss"]
+        self.compare({"returns": actor.ret, "discount": actor.weight,
+                      "actor_loss": actor.result, "value_loss": critic.result})
 
-def math_inputs(report: Report, fixture: Fixture, prefix: str) -> None:
-    """Images; rewards as the losses see them."""
-    compare(report, fixture, prefix, {"image_out": d1.centre(fixture.tensor(prefix + "image"))})
-    reward = fixture.tensor(prefix + "reward")[:, None]
-    for how in ("none", "tanh"):
-        found = shipped_losses(d1, flags(clip_rewards=how), reward.shape, reward=reward)["reward"]
-        compare(report, fixture, prefix, {f"reward_{how}": -found[:, 0]})
+    def math_kl(self) -> None:
+        """KL of normals, and its loss with free nats for the mean: the gradient stops below them."""
+        leaves = {key: self.leaf(key) for key in ("post_mean", "post_std", "prior_mean", "prior_std")}
+        post, prior = (latent(leaves[f"{side}_mean"], leaves[f"{side}_std"]) for side in ("post", "prior"))
+        kl = post.kl(prior)
+        self.compare({"value": kl, "mean": kl.mean(), "entropy_post": post.entropy()})
+        for key in self.under("loss_free"):
+            loss = shipped_losses(d1, flags(free_nats=float(key)), kl.shape, post, prior)["kl"]
+            grads = zip(leaves, gradient(loss, *leaves.values()))
+            self.compare({f"loss_free{key}": loss}, {f"grad_{name}_free{key}": grad for name, grad in grads})
 
+    def math_like(self) -> None:
+        """Log-probabilities of images, rewards and discounts.
 
-def math_actor(report: Report, fixture: Fixture, prefix: str) -> None:
-    """Policy of continuous actions."""
-    for name in {key.split("/")[0] for key in fixture.under(prefix + "init")}:
-        raw = fixture.leaf(prefix + "raw")
-        spec = EnvSpec(None, 1, raw.shape[-1] // 2, False)
-        policy = d1.Actor(flags(actor_init_std=float(name)), spec, 1).policy(raw)
+        Their library read the discounts, a numpy array here, as integers: 0.99 became 0. In training
+        they are tensors and stay what they are; pcont_logprob of an agent compares those.
+        """
+        image, flag = d1.Normal(self("image_mean")), d1.Bernoulli(self("pcont_logit"))
+        self.compare({"image_logprob": image.log_prob(self("image_target")).sum((-3, -2, -1)),
+                      "reward_logprob": d1.Normal(self("reward_mean")).log_prob(self("reward_target")),
+                      "pcont_logprob": flag.log_prob(self("pcont_target").trunc()), "pcont_mean": flag.mean()})
+
+    def math_actor(self) -> None:
+        """Policy of continuous actions."""
+        for name in {key.split("/")[0] for key in self.under("init")}:
+            raw = self.leaf("raw")
+            spec = EnvSpec(None, 1, raw.shape[-1] // 2, False)
+            policy = d1.Actor(flags(actor_init_std=float(name)), spec, 1).policy(raw)
+            sample = policy.sample()
+            self.below(f"init{name}/").compare({"mean": policy.mean, "std": policy.std, "sample": sample},
+                                               {"dsample_sum_draw": gradient(sample, raw)[0]})
+
+    def math_onehot(self) -> None:
+        """Policy of discrete actions."""
+        raw = self.leaf("logits")
+        policy = d1.Actor(flags(), EnvSpec(None, 1, raw.shape[-1], True), 1).policy(raw)
         sample = policy.sample()
-        compare(report, fixture, f"{prefix}init{name}/", {
-            "mean": policy.mean, "std": policy.std, "sample": sample},
-            {"dsample_sum_draw": gradient(sample, raw)[0]})
+        weighted = (sample * self("weights")).sum()
+        self.compare({"sample_argmax": sample, "probs": policy.probs, "mode": policy.mode()},
+                     {"grad_logits_of_sum_weights_sample": gradient(weighted, raw)[0]})
 
+    def math_pre(self) -> None:
+        self.inputs(d1, flags, {"none": "none", "tanh": "tanh"})
 
-def math_one_hot(report: Report, fixture: Fixture, prefix: str) -> None:
-    """Policy of discrete actions."""
-    raw = fixture.leaf(prefix + "logits")
-    policy = d1.Actor(flags(), EnvSpec(None, 1, raw.shape[-1], True), 1).policy(raw)
-    sample = policy.sample()
-    weighted = (sample * fixture.tensor(prefix + "weights")).sum()
-    compare(report, fixture, prefix, {"sample_argmax": sample, "probs": policy.probs,
-                                      "mode": policy.mode()},
-            {"grad_logits_of_sum_weights_sample": gradient(weighted, raw)[0]})
-
-
-def math_optimizer(report: Report, fixture: Fixture, prefix: str) -> None:
-    """Clipping and Adam for gradients that are given, with the settings of their world model."""
-    check_steps(report, fixture, prefix, lambda params: d1.Optimizer(torch.nn.ParameterList(params),
-                                                                     6e-4, 1e-7, 100.0))
+    def math_adam(self) -> None:
+        self.steps(lambda params: d1.Optimizer(params, 6e-4, 1e-7, 100.0))

@@ -91,5 +91,4 @@ def check_rows(vector, action, reward, is_first, is_terminal, starts: list[int])
 gym.register("Life-v0", entry_point=f"{__name__}:Life")
 gym.register("BrokenOnRank1-v0", entry_point=f"{__name__}:BrokenOnRank1")
 gym.register("Same-v0", entry_point=f"{__name__}:Same")
-gym.register("SameBoxVector-v0", entry_point=f"{__name__}:Same",
-             kwargs={"continuous": True, "parts": "vector"})
+gym.register("SameBoxVector-v0", entry_point=f"{__name__}:Same", kwargs={"continuous": True, "parts": "vector"})

@@ -129,9 +129,8 @@ def test_gpu_benchmark_on_a_cpu(monkeypatch, tmp_path, capsys):
                                       "--minutes", "100", "--only", *only])
     monkeypatch.setattr(gpu, "SLOWEST", 3000.0)  # on a busy machine
     made = gpu.plan
-    monkeypatch.setattr(gpu, "plan", lambda options: made(options) | {
-        "speed dreamer_v1 broken": ("speed", {
-            "script": "dreamer_v1", "mode": "no such mode", "size": "", "device": "cpu", "tiny": True})})
+    monkeypatch.setattr(gpu, "plan", lambda options: made(options) | {"speed dreamer_v1 broken": ("speed", {
+        "script": "dreamer_v1", "mode": "no such mode", "size": "", "device": "cpu", "tiny": True})})
     gpu.main()
     said = capsys.readouterr().out
     record, = (json.loads(path.read_text()) for path in tmp_path.iterdir())

@@ -82,14 +82,10 @@ def module(monkeypatch, tmp_path):
 # ---- contract
 
 @pytest.mark.parametrize("env_id, repeat, expected", [
-    ("CartPole-v1", 1, EnvSpec(None, 4, 2, True)),
-    ("Pendulum-v1", 2, EnvSpec(None, 3, 1, False)),
-    (PONG, 4, EnvSpec((64, 64, 3), 0, 6, True)),
-    ("ALE/Pong-v5", 4, EnvSpec((64, 64, 3), 0, 6, True)),
-    ("dm_control/walker-walk-v0", 2, EnvSpec(None, 24, 6, False)),
-    ("MiniGrid-Empty-5x5-v0", 1, EnvSpec((64, 64, 3), 4, 7, True)),
-    (FAKE + "Counting-v0", 1, EnvSpec((64, 64, 3), 3, 3, True)),
-])
+    ("CartPole-v1", 1, EnvSpec(None, 4, 2, True)), ("Pendulum-v1", 2, EnvSpec(None, 3, 1, False)),
+    (PONG, 4, EnvSpec((64, 64, 3), 0, 6, True)), ("ALE/Pong-v5", 4, EnvSpec((64, 64, 3), 0, 6, True)),
+    ("dm_control/walker-walk-v0", 2, EnvSpec(None, 24, 6, False)), ("MiniGrid-Empty-5x5-v0", 1, EnvSpec(
+        (64, 64, 3), 4, 7, True)), (FAKE + "Counting-v0", 1, EnvSpec((64, 64, 3), 3, 3, True))])
 def test_contract(env_id, repeat, expected):
     needs = {"dm": "shimmy", "Po": "ale_py", "AL": "ale_py", "Mi": "minigrid"}
     pytest.importorskip(needs.get(env_id[:2], "numpy"))
@@ -141,11 +137,9 @@ def observe(register, space, **kwargs):
 
 def test_dict_stacks_images_and_flattens_the_rest(register):
     u8 = lambda *shape: box(0, 255, *shape, dtype=np.uint8)  # noqa: E731
-    space = spaces.Dict(
-        a=u8(8, 8, 3),
-        b=spaces.Dict(first=u8(1, 8, 8), position=box(-1, 1, 6, dtype=np.float64)),
-        c=spaces.Tuple((spaces.Discrete(4, start=2), spaces.MultiBinary(3), u8(8, 8))),
-        d=spaces.MultiDiscrete([2, 3]), e=u8(5), mission=spaces.Text(9))
+    space = spaces.Dict(a=u8(8, 8, 3), b=spaces.Dict(first=u8(1, 8, 8), position=box(
+        -1, 1, 6, dtype=np.float64)), c=spaces.Tuple((spaces.Discrete(4, start=2), spaces.MultiBinary(
+            3), u8(8, 8))), d=spaces.MultiDiscrete([2, 3]), e=u8(5), mission=spaces.Text(9))
     given, out, spec, notices = observe(register, space)
     assert spec == EnvSpec((8, 8, 3 + 1 + 1), 6 + 4 + 3 + 5 + 5, 2, True) and not notices
     images = [given["a"], np.moveaxis(given["b"]["first"], 0, -1), given["c"][2][..., None]]
@@ -211,10 +205,9 @@ def test_box_actions_reach_asymmetric_bounds_and_are_clipped(register):
         np.testing.assert_allclose(vector, np.ravel(expected), rtol=1e-6)
 
 
-@pytest.mark.parametrize("space, count", [
-    (spaces.Discrete(4, start=5), 4), (spaces.MultiDiscrete([2, 3], start=[0, 5]), 6),
-    (spaces.MultiDiscrete([[2, 1], [3, 2]]), 12), (spaces.MultiBinary(3), 8),
-    (spaces.MultiBinary([2, 2]), 16), (spaces.MultiDiscrete([32, 32]), 1024)])
+@pytest.mark.parametrize("space, count", [(spaces.Discrete(4, start=5), 4), (
+    spaces.MultiDiscrete([2, 3], start=[0, 5]), 6), (spaces.MultiDiscrete([[2, 1], [3, 2]]), 12), (
+        spaces.MultiBinary(3), 8), (spaces.MultiBinary([2, 2]), 16), (spaces.MultiDiscrete([32, 32]), 1024)])
 def test_every_combination_is_one_discrete_action(register, space, count):
     env = make_env(EnvConfig(register(lambda: EchoEnv(space))))
     env.reset(seed=0)
@@ -231,8 +224,7 @@ def test_next_step_autoreset(num_envs):
     step, episode = t % (LENGTH + 1), t // (LENGTH + 1)
     vector = np.stack([step, episode, episode * LENGTH + step], -1)
     expected = {"vector": vector, "reward": step, "is_first": step == 0, "is_last": step == LENGTH,
-                "is_terminal": step == LENGTH, "episode_return": step * (step + 1) / 2,
-                "episode_length": step}
+                "is_terminal": step == LENGTH, "episode_return": step * (step + 1) / 2, "episode_length": step}
     for n in range(num_envs):
         np.testing.assert_array_equal(trace.image[:, n, 3, 5], vector)
         for name, values in expected.items():
@@ -337,8 +329,7 @@ def test_dm_control_prints_no_warning_without_a_display():
     pytest.importorskip("shimmy")
     env = {name: os.environ[name] for name in os.environ.keys() - {"DISPLAY", "MUJOCO_GL"}}
     code = "from common.envs import *; make_env(EnvConfig('dm_control/cartpole-swingup-v0'))"
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, text=True,
-                          capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0 and "GLFW" not in done.stderr, done.stderr
 
 
@@ -501,12 +492,11 @@ def test_a_fault_is_named(fault):
     assert "reset" not in text or fault == "RaiseFirstReset", "it is blamed on the wrong call"
 
 
-@pytest.mark.parametrize("env_id, expected", [
-    ("CartPol-v1", "module:Id-v0"), ("CartPole-v7", "CartPole"), ("ALE/Pongg-v5", "Pongg"),
-    (FAKE + "Countin-v0", "fake_envs.py registers no 'Countin-v0'"),
-    *[(f"{name}:X-v0", "registers no 'X-v0'") for name in ("test", "code", "queue")],
-    ("not a valid id!", "not a valid id!"), ("a:b:c", "a:b:c"), ("", "''"),
-    ("no_such_module:X-v0", "No module named 'no_such_module'")])
+@pytest.mark.parametrize("env_id, expected", [("CartPol-v1", "module:Id-v0"), ("CartPole-v7", "CartPole"), (
+    "ALE/Pongg-v5", "Pongg"), (FAKE + "Countin-v0", "fake_envs.py registers no 'Countin-v0'"), *[
+        (f"{name}:X-v0", "registers no 'X-v0'") for name in ("test", "code", "queue")], (
+            "not a valid id!", "not a valid id!"), ("a:b:c", "a:b:c"), ("", "''"),
+                                              ("no_such_module:X-v0", "No module named 'no_such_module'")])
 def test_ids_that_cannot_be_made(env_id, expected):
     assert expected in error_of(EnvConfig(env_id))
 
@@ -524,11 +514,10 @@ def test_packages_that_register_their_ids(monkeypatch, env_id, package, module):
 @pytest.mark.parametrize("space, action_space, expected", [
     (box(0, 1, 2), box(-np.inf, 1, 2), "Box(-inf, 1.0, (2,), float32) is not supported"),
     (box(0, 1, 2), box(0, 5, 2, dtype=np.int64), "int64) is not supported"),
-    (box(0, 1, 2), spaces.MultiDiscrete([32, 33]), "1,056 combinations"),
-    (box(0, 1, 2), spaces.Dict(a=spaces.Discrete(2)), "Dict('a': Discrete(2)) is not supported"),
-    (spaces.Text(5), spaces.Discrete(2), "no part that is a picture or numbers"),
-    (spaces.Dict(a=spaces.Sequence(spaces.Discrete(3))), spaces.Discrete(2), "Sequence"),
-    (box(0, 1, 2), None, "rgb_array")])
+    (box(0, 1, 2), spaces.MultiDiscrete([32, 33]), "1,056 combinations"), (box(
+        0, 1, 2), spaces.Dict(a=spaces.Discrete(2)), "Dict('a': Discrete(2)) is not supported"), (spaces.Text(
+            5), spaces.Discrete(2), "no part that is a picture or numbers"), (spaces.Dict(a=spaces.Sequence(
+                spaces.Discrete(3))), spaces.Discrete(2), "Sequence"), (box(0, 1, 2), None, "rgb_array")])
 def test_what_is_not_supported_is_named(register, space, action_space, expected):
     env_id = register(lambda: SampleEnv(space, action_space or spaces.Discrete(2)))
     assert expected in error_of(EnvConfig(env_id, pixels=action_space is None))

@@ -63,9 +63,8 @@ def test_args_come_back(tmp_path):
     assert os.listdir(tmp_path) == ["args.json"]
 
 
-@pytest.mark.parametrize("content", [
-    None, b"", b'{"scr', b"\xff\xfe\x00", b"[1]", b'{"script": "x"}',
-    b'{"script": "x", "args": 1}'])
+@pytest.mark.parametrize("content", [None, b"", b'{"scr', b"\xff\xfe\x00",
+                                     b"[1]", b'{"script": "x"}', b'{"script": "x", "args": 1}'])
 def test_what_is_no_run_directory_is_refused_in_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "args.json").write_bytes(content)
