@@ -218,20 +218,10 @@ class Twin(parity_v3.Twin):
         call.replay, call.critic_loss = call.critic_loss, call.critic_loss.earlier
         return call
 
-    def term_gradients(self, terms: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Gradients of each loss term alone, for the parameters that it reaches: by their names."""
-        names = {"reward": "rew", "cont": "con"}
-        found, params = {}, self.agent.optimizer.params
-        for term, loss in terms.items():
-            grads = torch.autograd.grad(loss.mean(), params, retain_graph=True, allow_unused=True)
-            reached = [(param, grad) for param, grad in zip(params, grads) if grad is not None]
-            found[names.get(term, term)] = self.in_their_layout(*zip(*reached))
-        return found
-
     def check_parts(self, parts: dict[str, dict[str, Tensor]]) -> None:
         """An absent key of theirs is a gradient that is all zero."""
         for term, grads in parts.items():
-            keys = {"image": self.images, "vector": self.vectors}.get(term, [term])
+            keys = {"image": self.images, "vector": self.vectors, "reward": ["rew"], "cont": ["con"]}.get(term, [term])
             prefixes = [f"gradparts/{key}/" for key in keys]
             expected: dict[str, np.ndarray] = {}
             for prefix in prefixes:
