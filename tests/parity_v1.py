@@ -30,8 +30,6 @@ TOLERANCE = {"forward": 1e-5, "gradient": 1e-4, "parameter": 2e-6}
 
 # ----------------------------------------------------------------------------- an agent like theirs
 class Twin(parity.Twin):
-    """Our agent with the sizes, settings and weights of a fixture."""
-
     script = d1
     swapped = r"^(decode/h1|(reward|pcont|value|actor)/h0)/kernel$"
     rename = [
@@ -110,7 +108,6 @@ class Twin(parity.Twin):
         self.check_parameters(f"after{n}/")
 
     def probe(self, batch: d1.Batch, carry: d1.State) -> dict[str, Tensor]:
-        """What the world model computes on the way to its losses, by their names."""
         model = self.agent.world_model
         embed, deter, stoch, post, prior, feat = self.posterior(batch, carry)
         found = {"embed": embed, "feat": torch.cat([stoch, deter], -1),
@@ -124,7 +121,6 @@ class Twin(parity.Twin):
             "image_preprocessed_0_0": d1.centre(batch.image)[0, 0]}
 
     def check_world_model(self, n, call, before) -> None:
-        """Posterior, prior, heads, and every loss term."""
         prefix, args, call = f"step{n}/", self.args, call.world_model_loss
         image = before.pop("image_mean")
         losses, deter, stoch, _ = call.result
@@ -159,7 +155,6 @@ class Twin(parity.Twin):
 
     @torch.no_grad()
     def check_behaviour(self, n, call) -> None:
-        """Imagination, returns, both losses."""
         order, prefix = self.start_order, f"step{n}/imag/"
         returns, critic = call.lambda_return, call.critic_loss
         self.compare_all(prefix, {name: order(x) for name, x in (call.imagine.found | {
@@ -188,8 +183,6 @@ def latent(mean: Tensor, std: Tensor) -> d1.Latent:
 
 
 class Math(Piece):
-    """What is compared below a prefix is in the method of its name."""
-
     def math_lam(self) -> None:
         """Lambda-return: what follows from state t stands at index t + 1 of value."""
         reward, value, cont, bootstrap = map(self, ("reward", "value", "pcont", "bootstrap"))
@@ -248,7 +241,6 @@ class Math(Piece):
                       "pcont_logprob": flag.log_prob(self("pcont_target").trunc()), "pcont_mean": flag.mean()})
 
     def math_actor(self) -> None:
-        """Policy of continuous actions."""
         for name in {key.split("/")[0] for key in self.under("init")}:
             raw = self.leaf("raw")
             spec = EnvSpec(None, 1, raw.shape[-1] // 2, False)
@@ -258,7 +250,6 @@ class Math(Piece):
                                                {"dsample_sum_draw": gradient(sample, raw)[0]})
 
     def math_onehot(self) -> None:
-        """Policy of discrete actions."""
         raw = self.leaf("logits")
         policy = d1.Actor(flags(), EnvSpec(None, 1, raw.shape[-1], True), 1).policy(raw)
         sample = policy.sample()

@@ -41,8 +41,6 @@ TOLERANCE = {"forward": 1e-5, "gradient": 1e-4, "parameter": 2e-6}
 
 # ----------------------------------------------------------------------------- an agent like theirs
 class Twin(parity.Twin):
-    """Our agent with the sizes, settings and weights of a fixture."""
-
     script = d2
     swapped = (r"^(decoder/(convin|dense0)|(reward|discount|actor|critic|target_critic)/dense0"
                r"|rssm/gru/dense)/kernel$")
@@ -140,7 +138,6 @@ class Twin(parity.Twin):
         self.check_parameters(f"after{n}/")
 
     def probe(self, batch: d2.Batch, carry: d2.State) -> dict[str, Tensor]:
-        """What the world model computes on the way to its losses, by their names."""
         model = self.agent.world_model
         embed, deter, stoch, post, prior, feat = self.posterior(batch, carry)
         found = {"embed": embed, "feat": torch.cat([stoch, deter], -1), "post/logit": post.raw,
@@ -157,7 +154,6 @@ class Twin(parity.Twin):
         return {name: batch_major(x) for name, x in found.items()}
 
     def check_world_model(self, n, call, before) -> None:
-        """Posterior, prior, heads, and every loss term."""
         prefix, args, call = f"step{n}/", self.args, call.world_model_loss
         image = before.pop("image", None)
         self.compare_all(prefix, before)
@@ -255,7 +251,6 @@ def flags(**given) -> d2.Args:
 
 
 def filled(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Put weights into an actor or critic; its parameters by their names."""
     params = {}
     for key, array in weights.items():
         layer = net.std if "std" in key else net.head.out if "out" in key else (
@@ -266,8 +261,6 @@ def filled(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, nn.Parameter
 
 
 class Math(Piece):
-    """What is compared below a prefix is in the method of its name."""
-
     def math_kl(self) -> None:
         """KL balancing with free nats: the rows of `combos` that are as ours."""
         post, prior = self.leaf("post_logit"), self.leaf("prior_logit")
@@ -286,7 +279,6 @@ class Math(Piece):
                 self.check(f"combo{row}/grad_{side}_logit", grad, "gradient")
 
     def math_onehot(self) -> None:
-        """Latents: log-probability, entropy, straight-through sample."""
         raw = self.leaf("logits")
         groups = raw.shape[-2]
         latent = d2.Latent(raw.flatten(-2), groups)

@@ -32,8 +32,6 @@ TOLERANCE = {"forward": 2e-5, "gradient": 1e-4, "parameter": 1e-5}
 
 # ----------------------------------------------------------------------------- an agent like theirs
 class Twin(parity.Twin):
-    """Our agent with the sizes, settings and weights of a fixture."""
-
     script, init, aligned = d3, "params_init/", True
     rename = [
         (r"^agent/task_behavior/ac/actor/(dist_out/out|h\d+)/", r"actor/head/\1/"),
@@ -78,12 +76,10 @@ class Twin(parity.Twin):
                 "beta_pred": scales.pop() if len(scales) == 1 else 1.0}
 
     def predictions(self) -> dict[str, float]:
-        """Their loss scales that are one `beta_pred` in ours."""
         names = ["image"] * bool(self.images) + ["vector"] * bool(self.vectors) + ["reward", "cont"]
         return {name: self.config[f"loss_scales.{name}"] for name in names}
 
     def loss_scales(self) -> dict[str, float]:
-        """World model: each prediction's scale."""
         return {name: scale / self.args.beta_pred for name, scale in self.predictions().items()}
 
     def sized_networks(self) -> list[tuple[object, str, object]]:
@@ -100,7 +96,6 @@ class Twin(parity.Twin):
         self.agent.return_scale.range.copy_(torch.stack([*map(self.fixture.tensor, self.return_scale)]))
 
     def carry(self, n: int, batch: d3.Batch) -> d3.State:
-        """The state that update `n` starts from."""
         deter, stoch, action = (self.fixture.tensor(f"step{n}/carry_in/{key}")
                                 for key in ("latent/deter", "latent/stoch", "action"))
         return d3.State(deter, stoch.flatten(-2), action)
@@ -141,7 +136,6 @@ class Twin(parity.Twin):
         self.check_optimizers(f"_after{self.fixture.numbered('batch')}/")
 
     def check_acting(self) -> None:
-        """Online acting on the observations of batch 1, with the initial weights."""
         for t, _, state, latent in self.acted(self.fixture.numbered("policy/t")):
             policy = self.agent.actor.policy(self.agent.actor(torch.cat([state.deter, state.stoch], -1)))
             self.compare_all(f"policy/t{t}/", {
@@ -195,7 +189,6 @@ class Twin(parity.Twin):
         return found
 
     def check_terms(self, folder: str, losses: dict[str, Tensor], names: dict[str, list[str]]) -> None:
-        """Each loss term without its scale."""
         betas = {"dyn": self.args.beta_dyn, "rep": self.args.beta_rep}
         for name, loss in losses.items():
             keys = [folder + key for key in names.get(name, [name])]
@@ -209,7 +202,6 @@ class Twin(parity.Twin):
             self.compare(prefix + name, value, scale=element if wide else None)
 
     def check_world_model(self, n, call, before, batch) -> None:
-        """Posterior, prior, heads, and every loss term."""
         prefix = f"step{n}/wm/"
         losses, deter, stoch, _ = call.world_model_loss.result
         self.check_probed(prefix, before | {"post_deter": batch_major(deter),
@@ -250,7 +242,6 @@ class Twin(parity.Twin):
         self.compare(prefix + "logit", before["post_logit"].flatten(0, 1)[None], steps=slice(0, 1))
 
     def check_actor(self, n, call) -> None:
-        """Return scale, advantages, policy and the actor's loss."""
         order, prefix = self.start_order, f"step{n}/actor/"
         args, low, high = call.actor_loss, *call.update.self.range
         self.compare_all(prefix, {"retnorm_offset": low, "retnorm_invscale": call.update.result,
@@ -273,11 +264,9 @@ class Twin(parity.Twin):
         self.compare(f"step{n}/loss/policy", self.by_start(elements))
 
     def by_start(self, elements: Tensor) -> Tensor:
-        """Means over imagined steps (B, T)."""
         return self.start_order(elements.mean(0)[None])[0].unflatten(0, (self.rows, -1))
 
     def check_critic(self, n, call) -> None:
-        """Targets, both parts of the critic's loss, and the loss."""
         order, prefix, args = self.start_order, f"step{n}/critic/", call.critic_loss
         elements = args.weight * per_step(self.script.critic_loss, args)
         if self.scaled_elements:
@@ -291,7 +280,6 @@ class Twin(parity.Twin):
         self.compare(f"step{n}/loss/value", self.by_start(elements))
 
     def check_step(self, n, call) -> None:
-        """What the optimisers get and do, and the metrics that `train_step` returns."""
         self.compare(f"step{n}/wm/model_loss", call.model.loss)
         for name in self.optimizers:
             self.check_gradients(f"step{n}/{'wm' if name == 'model' else name}/grad/", call, name)
@@ -306,7 +294,6 @@ class Twin(parity.Twin):
         self.check_parameters(f"params_after{n}/")
 
     def check_optimizers(self, after: str) -> None:
-        """Adam's moments and the counters after the last update."""
         opts = {name: getattr(self.agent, f"{name}_opt") for name in self.optimizers}
         state = {param: values for opt in opts.values() for param, values in opt.adam.state.items()}
         for start, name in (("adam_mu", "exp_avg"), ("adam_nu", "exp_avg_sq")):
@@ -338,8 +325,6 @@ def row(expected: np.ndarray) -> np.ndarray:
 
 
 class Math(Piece):
-    """What is compared below a prefix is in the method of its name."""
-
     def math_discdist(self) -> None:
         """Two-hot distribution; the numbers of its mean span nine orders of magnitude."""
         logits = self.leaf("logits")
@@ -355,7 +340,6 @@ class Math(Piece):
         self.check("log_prob", d3.TwoHot(self("logits")).log_prob(d3.symexp(self("target"))))
 
     def latents(self, latent) -> None:
-        """Latents p and q: unimix, log-probability, entropy, KL, straight-through sample."""
         raw = raw_p, raw_q = self.leaf("raw_p"), self.leaf("raw_q")
         groups = raw_p.shape[-2]
         p, q = (latent(x.flatten(-2), groups) for x in raw)
@@ -370,7 +354,6 @@ class Math(Piece):
             self.check("log_prob_p", p.log_prob(self("value")).sum(-1))
 
     def math_klloss(self) -> None:
-        """Both KL losses and where their gradients go."""
         meta, raw = self.fixture.meta, [self.leaf("raw_post"), self.leaf("raw_prior")]
         post, prior = (d3.Latent(x.flatten(-2), meta["stoch"], meta["unimix"]) for x in raw)
         args = plain_args(d3, free_bits=meta["free_nats"], beta_dyn=1.0, beta_rep=1.0)
@@ -387,7 +370,6 @@ class Math(Piece):
         self.check("return", d3.lambda_return(self("reward"), discount, self("value")[1:], lambda_))
 
     def math_moments(self) -> None:
-        """Successive updates of the return scale."""
         meta = self.fixture.meta["retnorm"]
         scale = d3.ReturnScale(plain_args(d3, return_norm_low=meta["perclo"], return_norm_high=meta["perchi"],
                                           return_norm_limit=1 / meta["max"], return_norm_decay=meta["decay"]))
@@ -449,7 +431,6 @@ class Math(Piece):
             self.check(key, layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
     def math_layer_convtransp(self) -> None:
-        """A transposed convolution."""
         cnn = d3.Decoder(plain_args(d3, image_size=8, depth=5), EnvSpec((8, 8, 2), 0, 1, True), 1).cnn
         cnn[0].weight.data = self("kernel").flip(0, 1).permute(3, 2, 0, 1).contiguous()
         cnn[0].bias.data = self("bias")

@@ -46,8 +46,6 @@ class Outputs(nn.ModuleList):
 
 
 class Twin(parity_v3.Twin):
-    """Our agent with the sizes, settings and weights of a fixture."""
-
     script = d
     rename = [
         (r"^(pol|val|slowval|rew|con)/mlp/(linear|norm)(\d+)/", r"\1/head/mlp/\3/\2/"),
@@ -87,7 +85,6 @@ class Twin(parity_v3.Twin):
         lr=opt.lr warmup=opt.warmup agc=opt.agc beta1=opt.beta1 beta2=opt.beta2 eps=opt.eps"""
 
     def observations(self) -> dict[str, tuple[int, ...]]:
-        """In the order of their names."""
         found = parity.Twin.observations(self)
         return {key: found[key] for key in sorted(found) if key != "consec" and not key.startswith("dyn/")}
 
@@ -103,7 +100,6 @@ class Twin(parity_v3.Twin):
                       critic_ema_decay=1 - c["slowvalue.rate"], return_norm_decay=1 - c["retnorm.rate"])
 
     def predictions(self) -> dict[str, float]:
-        """Their loss scales that are one `beta_pred` in ours."""
         return {name: self.config[f"loss_scales.{name}"] for name in ("rec", "rew", "con")}
 
     def loss_scales(self) -> dict[str, float]:
@@ -174,7 +170,6 @@ class Twin(parity_v3.Twin):
         return self.agent.carry(batch)
 
     def check_optimizers(self, after: str) -> None:
-        """LaProp's moments and counters after the last update."""
         optimizer, prefix = self.agent.optimizer, "opt" + after
         for key, ours, kind in (("state/1/1/", optimizer.nu, "tie"), ("state/2/1/", optimizer.mu, "momentum")):
             if self.fixture.under(prefix + key):
@@ -235,7 +230,6 @@ class Twin(parity_v3.Twin):
             self.report.check_worst("+".join(prefixes), grads, zeros | expected, "gradient")
 
     def check_world_model(self, n, call, before, batch) -> None:
-        """Posterior, prior, heads, every loss term, and what goes back into the replay."""
         prefix, first = f"step{n}/wm/", batch.is_first[..., None]
         previous = batch_major(d.previous_actions(batch, self.agent.carry(batch).action) * ~first)
         expected = self.onehot(self.fixture.tensor(prefix + "prevact"))
@@ -274,7 +268,6 @@ class Twin(parity_v3.Twin):
         self.compare(prefix + "prior_logit_raw", order(call.replay_critic_loss.priors))
 
     def check_replay_critic(self, n, call) -> None:
-        """The critic's loss on replayed rewards."""
         prefix, whole, args = f"step{n}/repval/", call.replay_critic_loss, call.replay
         weighted = args.weight * per_step(d.critic_loss, args)
         with torch.no_grad():
@@ -314,8 +307,6 @@ def fill(layer: nn.Module, weight: Tensor, bias: Tensor, scale: Tensor | None = 
 
 
 class Math(parity_v3.Math):
-    """What is compared below a prefix is in the method of its name."""
-
     def math_twohot(self) -> None:
         """Two-hot distribution; its numbers span nine orders of magnitude."""
         logits = self.leaf("logits")
@@ -345,7 +336,6 @@ class Math(parity_v3.Math):
         self.check("ret", log["critic_loss"].ret.T)
 
     def math_retnorm(self) -> None:
-        """Successive updates of the return scale."""
         scale = d.ReturnScale(ARGS)
         found = [(scale.update(ret), scale.range.clone()) for ret in self("x")]
         self.check("lo_hi_offset_scale", torch.stack([
@@ -408,7 +398,6 @@ class Math(parity_v3.Math):
         self.check("clipped", grad.sign() * (optimizer.nu[0] / (1 - optimizer.beta2)).sqrt())
 
     def math_optim(self) -> None:
-        """LaProp with clipping and warm-up."""
         settings = {key: float(self(key)) for key in ("lr", "agc", "beta1", "beta2", "eps")}
         args = d.Args(size="1M", warmup=int(self("warmup")), **settings)
         self.steps(("w", "tiny", "zero"), lambda params: d.Optimizer(params, args))
