@@ -425,7 +425,6 @@ class Twin:
             flat[place], known[place] = value.detach(), True
         return {path: flat[index] for path, index in self.index.items() if known[index].all()}
 
-    # --------------------------------------------------------------------------------------- inputs
     def batch(self, n: int):
         """Their batch `n`, time-major, each row with the action chosen there."""
         def get(key):
@@ -448,7 +447,6 @@ class Twin:
         image, vector = (None if x is None else x[t].cpu().numpy() for x in (batch.image, batch.vector))
         return self.script.EnvStep(image, vector, zeros, first, zeros > 0, zeros > 0, zeros, zeros)
 
-    # -------------------------------------------------------------------------------------- running
     def acted(self, steps: int, then=lambda state, obs: state) -> Iterator[tuple]:
         """Act on batch 1, `then` explore: time, state before and after, posterior."""
         batch, state, log = self.batch(1), self.agent.zero_state(self.rows), {}
@@ -494,7 +492,6 @@ class Twin:
         """Our name of a loss term -> what is left of its scale after our flags."""
         return {}
 
-    # ---------------------------------------------------------------------------------- comparisons
     def check(self) -> None:
         """Acting, then one update for each batch of the fixture (three)."""
         with patched(*rule(self.script)):

@@ -32,16 +32,15 @@ TOLERANCE = {"forward": 1e-5, "gradient": 1e-4, "parameter": 2e-6}
 class Twin(parity.Twin):
     script = d1
     swapped = r"^(decode/h1|(reward|pcont|value|actor)/h0)/kernel$"
-    rename = [
-        (r"^value/", "critic/head/"), (r"^actor/", "actor/head/"), (r"^reward/", "world_model/reward_head/"),
-        (r"^pcont/", "world_model/discount_head/"), (r"(_head|/head)/h(\d+)/", r"\1/mlp/\2/"),
-        (r"/hout/", "/out/"), (r"^decode/h1/", "world_model/decoder/cnn_in/"),
-        (r"^decode/h(\d)/", lambda m: f"world_model/decoder/cnn/{2 * int(m[1]) - 4}/"),
-        (r"^encode/h(\d)/", lambda m: f"world_model/encoder/cnn/{2 * int(m[1]) - 2}/"),
-        (r"^dynamics/", "world_model/rssm/"), (r"/img1/", "/img_in/"), (r"/img2/", "/img_out/"),
-        (r"/img3/", "/img_stats/"), (r"/obs1/", "/obs_out/"), (r"/obs2/", "/obs_stats/"),
-        (r"/kernel$", "/weight"), (r"/", "."),
-    ]
+    rename = [(r"^value/", "critic/head/"),
+              (r"^actor/", "actor/head/"), (r"^reward/", "world_model/reward_head/"),
+              (r"^pcont/", "world_model/discount_head/"), (r"(_head|/head)/h(\d+)/", r"\1/mlp/\2/"),
+              (r"/hout/", "/out/"), (r"^decode/h1/", "world_model/decoder/cnn_in/"),
+              (r"^decode/h(\d)/", lambda m: f"world_model/decoder/cnn/{2 * int(m[1]) - 4}/"),
+              (r"^encode/h(\d)/", lambda m: f"world_model/encoder/cnn/{2 * int(m[1]) - 2}/"),
+              (r"^dynamics/", "world_model/rssm/"),
+              (r"/img1/", "/img_in/"), (r"/img2/", "/img_out/"), (r"/img3/", "/img_stats/"),
+              (r"/obs1/", "/obs_out/"), (r"/obs2/", "/obs_stats/"), (r"/kernel$", "/weight"), (r"/", ".")]
     settings = """deter=deter_size hidden=deter_size stoch=stoch_size units=num_units depth=cnn_depth
         pcont pcont_scale kl_scale free_nats clip_rewards imag_horizon=horizon gamma=discount
         return_lambda=disclam actor_init_std=action_init_std expl_amount expl_decay expl_min
@@ -76,7 +75,6 @@ class Twin(parity.Twin):
         discount = get("discount")
         return torch.zeros_like(discount, dtype=torch.bool), discount == 0
 
-    # ---------------------------------------------------------------------------------- comparisons
     @torch.no_grad()
     def check_acting(self) -> None:
         """Acting on two observations of batch 1; discrete actions have no noise in the fixtures."""

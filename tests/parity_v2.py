@@ -45,22 +45,19 @@ class Twin(parity.Twin):
     swapped = (r"^(decoder/(convin|dense0)|(reward|discount|actor|critic|target_critic)/dense0"
                r"|rssm/gru/dense)/kernel$")
     vector_out = r"^decoder/dense_(.*)/out/"
-    rename = [
-        (r"^target_critic/", "slow_critic/head/"), (r"^critic/", "critic/head/"),
-        (r"^actor/out/std/", "actor/std/"), (r"^actor/(?!std)", "actor/head/"),
-        (r"^(encoder|decoder|rssm|reward|discount)/", r"world_model/\1/"),
-        (r"/discount/", "/discount_head/"), (r"/reward/", "/reward_head/"),
-        (r"/convin/", "/cnn_in/"),
-        (r"/conv(\d+)/", lambda m: f"/cnn/{2 * int(m[1])}/"),
-        (r"/convnorm(\d+)/", lambda m: f"/cnn/{2 * int(m[1]) + 1}/0/"),
-        (r"/decoder/dense_.*/out/", "/decoder/vector_head/out/"),
-        (r"/decoder/(dense|densenorm)(\d+)/", r"/decoder/vector_head/\1\2/"),
-        (r"/gru/dense/", "/gru/linear/"), (r"/(img|obs)_dist(_0)?/", r"/\1_stats/"),
-        (r"/(img_in|obs_out)_norm/", r"/\1/norm/"), (r"/img_out_norm_0/", "/img_out/norm/"),
-        (r"/img_out_0/", "/img_out/"), (r"/(dense)?norm(\d+)/", r"/mlp/\2/norm/"),
-        (r"/dense(\d+)/", r"/mlp/\1/"), (r"/out/out/", "/out/"), (r"/(kernel|gamma)$", "/weight"),
-        (r"/beta$", "/bias"), (r"/", "."),
-    ]
+    rename = [(r"^target_critic/", "slow_critic/head/"), (r"^critic/", "critic/head/"),
+              (r"^actor/out/std/", "actor/std/"), (r"^actor/(?!std)", "actor/head/"),
+              (r"^(encoder|decoder|rssm|reward|discount)/", r"world_model/\1/"),
+              (r"/discount/", "/discount_head/"), (r"/reward/", "/reward_head/"),
+              (r"/convin/", "/cnn_in/"), (r"/conv(\d+)/", lambda m: f"/cnn/{2 * int(m[1])}/"),
+              (r"/convnorm(\d+)/", lambda m: f"/cnn/{2 * int(m[1]) + 1}/0/"),
+              (r"/decoder/dense_.*/out/", "/decoder/vector_head/out/"),
+              (r"/decoder/(dense|densenorm)(\d+)/", r"/decoder/vector_head/\1\2/"),
+              (r"/gru/dense/", "/gru/linear/"),
+              (r"/(img|obs)_dist(_0)?/", r"/\1_stats/"), (r"/(img_in|obs_out)_norm/", r"/\1/norm/"),
+              (r"/img_out_norm_0/", "/img_out/norm/"), (r"/img_out_0/", "/img_out/"),
+              (r"/(dense)?norm(\d+)/", r"/mlp/\2/norm/"), (r"/dense(\d+)/", r"/mlp/\1/"),
+              (r"/out/out/", "/out/"), (r"/(kernel|gamma)$", "/weight"), (r"/beta$", "/bias"), (r"/", ".")]
     settings = """deter=rssm.deter hidden=rssm.hidden stoch=rssm.stoch classes=rssm.discrete
         units=actor.units layers=actor.layers depth=encoder.cnn_depth kl_scale=loss_scales.kl
         kl_balance=kl.balance free_nats=kl.free pcont=pred_discount pcont_scale=loss_scales.discount
@@ -90,7 +87,6 @@ class Twin(parity.Twin):
         """Their actions (T, B, A), which led to the observations."""
         return batch_major(self.fixture.tensor(f"batch{n}/action"))
 
-    # ---------------------------------------------------------------------------------- comparisons
     @torch.no_grad()
     def check_acting(self) -> None:
         """Acting on two observations, a carried state, open-loop prediction: initial weights."""

@@ -33,22 +33,18 @@ TOLERANCE = {"forward": 2e-5, "gradient": 1e-4, "parameter": 1e-5}
 # ----------------------------------------------------------------------------- an agent like theirs
 class Twin(parity.Twin):
     script, init, aligned = d3, "params_init/", True
-    rename = [
-        (r"^agent/task_behavior/ac/actor/(dist_out/out|h\d+)/", r"actor/head/\1/"),
-        (r"^agent/task_behavior/ac/actor/dist_out/std/", "actor/std/"),
-        (r"^agent/task_behavior/critic/net/", "critic/head/"),
-        (r"^agent/task_behavior/critic/slow/", "slow_critic/head/"),
-        (r"^agent/wm/", "world_model/"),
-        (r"/enc/", "/encoder/"), (r"/dec/", "/decoder/"), (r"/rew/", "/reward_head/"),
-        (r"/cont/", "/cont_head/"), (r"/cnn/in/", "/cnn_in/"),
-        (r"/cnn/s(\d+)res/norm/", lambda m: f"/cnn/{3 * int(m[1]) + 1}/"),
-        (r"/cnn/s(\d+)res/", lambda m: f"/cnn/{3 * int(m[1])}/"),
-        (r"/decoder/mlp/dist_.*/out/", "/decoder/vector_head/out/"),
-        (r"/decoder/mlp/h", "/decoder/vector_head/h"), (r"/encoder/mlp/h", "/encoder/h"),
-        (r"/dist_out/", "/"), (r"/h(\d+)/", r"/mlp/\1/"),
-        (r"/gru/kernel", "/gru/linear/kernel"),
-        (r"/(kernel|scale)$", "/weight"), (r"/", "."),
-    ]
+    rename = [(r"^agent/task_behavior/ac/actor/(dist_out/out|h\d+)/", r"actor/head/\1/"),
+              (r"^agent/task_behavior/ac/actor/dist_out/std/", "actor/std/"),
+              (r"^agent/task_behavior/critic/net/", "critic/head/"),
+              (r"^agent/task_behavior/critic/slow/", "slow_critic/head/"),
+              (r"^agent/wm/", "world_model/"), (r"/enc/", "/encoder/"),
+              (r"/dec/", "/decoder/"), (r"/rew/", "/reward_head/"), (r"/cont/", "/cont_head/"),
+              (r"/cnn/in/", "/cnn_in/"), (r"/cnn/s(\d+)res/norm/", lambda m: f"/cnn/{3 * int(m[1]) + 1}/"),
+              (r"/cnn/s(\d+)res/", lambda m: f"/cnn/{3 * int(m[1])}/"),
+              (r"/decoder/mlp/dist_.*/out/", "/decoder/vector_head/out/"),
+              (r"/decoder/mlp/h", "/decoder/vector_head/h"),
+              (r"/encoder/mlp/h", "/encoder/h"), (r"/dist_out/", "/"), (r"/h(\d+)/", r"/mlp/\1/"),
+              (r"/gru/kernel", "/gru/linear/kernel"), (r"/(kernel|scale)$", "/weight"), (r"/", ".")]
     flipped, vector_out = r"/dec/cnn/s\d+res/kernel$", r"/dec/mlp/dist_(.*)/out/"
     settings = """imag_horizon units=actor.units layers=actor.layers bins=critic.bins
         deter=rssm.deter hidden=rssm.units stoch=rssm.stoch classes=rssm.classes unimix=rssm.unimix
@@ -100,7 +96,6 @@ class Twin(parity.Twin):
                                 for key in ("latent/deter", "latent/stoch", "action"))
         return d3.State(deter, stoch.flatten(-2), action)
 
-    # -------------------------------------------------------- loss scales that are one flag in ours
     def scaled_model(self, result, call):
         """World model, and the free bits of the representation loss."""
         if self.config["rep_loss.free"] != self.args.free_bits:
@@ -129,7 +124,6 @@ class Twin(parity.Twin):
             found[term] = self.in_their_layout(*zip(*reached))
         return found
 
-    # ---------------------------------------------------------------------------------- comparisons
     def check(self) -> None:
         """And what the optimisers hold at the end."""
         super().check()

@@ -52,24 +52,23 @@ class Twin(parity_v3.Twin):
         (r"^(dec)/mlp/(linear|norm)(\d+)/", r"\1/vector_head/mlp/\3/\2/"),
         (r"^pol/head/action/stddev/", "pol/std/"), (r"^pol/head/action/(logits|mean)/", "pol/head/out/"),
         (r"^(val|slowval|rew|con)/head/(logits|logit)/", r"\1/head/out/"),
-        (r"^enc/mlp(\d+)norm/", r"enc/mlp/\1/norm/"), (r"^enc/mlp(\d+)/", r"enc/mlp/\1/"),
-        (r"^enc/cnn(\d+)norm/", lambda m: f"enc/cnn/{4 * int(m[1]) + 2}/"),
+        (r"^enc/mlp(\d+)norm/", r"enc/mlp/\1/norm/"),
+        (r"^enc/mlp(\d+)/", r"enc/mlp/\1/"), (r"^enc/cnn(\d+)norm/", lambda m: f"enc/cnn/{4 * int(m[1]) + 2}/"),
         (r"^enc/cnn(\d+)/", lambda m: f"enc/cnn/{4 * int(m[1])}/"),
         (r"^dec/conv(\d+)norm/", lambda m: f"dec/cnn/{3 * (2 - int(m[1])) + 1}/"),
-        (r"^dec/conv(\d+)/", lambda m: f"dec/cnn/{3 * (2 - int(m[1]))}/"),
-        (r"^dec/imgout/", "dec/cnn/9/"), (r"^dec/sp0/", "dec/deter_in/"), (r"^dec/sp1norm/", "dec/stoch_in/0/norm/"),
-        (r"^dec/sp1/", "dec/stoch_in/0/"), (r"^dec/sp2/", "dec/stoch_in/1/"), (r"^dec/spnorm/", "dec/norm/"),
-        (r"^dyn/dynin0", "dyn/deter_in"), (r"^dyn/dynin1", "dyn/stoch_in"), (r"^dyn/dynin2", "dyn/action_in"),
-        (r"^dyn/dynhid0norm/", "dyn/gru/norm/"), (r"^dyn/dynhid0/", "dyn/gru/hidden/"),
-        (r"^dyn/dyngru/", "dyn/gru/gates/"), (r"^dyn/obs0", "dyn/obs_out"), (r"^dyn/obslogit/", "dyn/obs_stats/"),
+        (r"^dec/conv(\d+)/", lambda m: f"dec/cnn/{3 * (2 - int(m[1]))}/"), (r"^dec/imgout/", "dec/cnn/9/"),
+        (r"^dec/sp0/", "dec/deter_in/"), (r"^dec/sp1norm/", "dec/stoch_in/0/norm/"),
+        (r"^dec/sp1/", "dec/stoch_in/0/"), (r"^dec/sp2/", "dec/stoch_in/1/"),
+        (r"^dec/spnorm/", "dec/norm/"), (r"^dyn/dynin0", "dyn/deter_in"), (r"^dyn/dynin1", "dyn/stoch_in"),
+        (r"^dyn/dynin2", "dyn/action_in"), (r"^dyn/dynhid0norm/", "dyn/gru/norm/"),
+        (r"^dyn/dynhid0/", "dyn/gru/hidden/"), (r"^dyn/dyngru/", "dyn/gru/gates/"),
+        (r"^dyn/obs0", "dyn/obs_out"), (r"^dyn/obslogit/", "dyn/obs_stats/"),
         (r"^dyn/prior(\d)norm/", r"dyn/img_out/\1/norm/"), (r"^dyn/prior(\d)/", r"dyn/img_out/\1/"),
-        (r"^dyn/priorlogit/", "dyn/img_stats/"),
-        (r"(_in|_out)norm/", r"\1/norm/"), (r"/linear/", "/"),
-        (r"^pol/", "actor/"), (r"^val/", "critic/"), (r"^slowval/", "slow_critic/"),
-        (r"^rew/head/", "rew/"), (r"^con/head/", "con/"), (r"^rew/", "world_model/reward_head/"),
-        (r"^con/", "world_model/cont_head/"), (r"^enc/", "world_model/encoder/"), (r"^dec/", "world_model/decoder/"),
-        (r"^dyn/", "world_model/rssm/"), (r"/(kernel|scale)$", "/weight"), (r"/", "."),
-    ]
+        (r"^dyn/priorlogit/", "dyn/img_stats/"), (r"(_in|_out)norm/", r"\1/norm/"), (r"/linear/", "/"),
+        (r"^pol/", "actor/"), (r"^val/", "critic/"), (r"^slowval/", "slow_critic/"), (r"^rew/head/", "rew/"),
+        (r"^con/head/", "con/"), (r"^rew/", "world_model/reward_head/"), (r"^con/", "world_model/cont_head/"),
+        (r"^enc/", "world_model/encoder/"), (r"^dec/", "world_model/decoder/"),
+        (r"^dyn/", "world_model/rssm/"), (r"/(kernel|scale)$", "/weight"), (r"/", ".")]
     swapped, flipped, vector_out = r"dec/mlp/linear0/kernel$", "$^", "$^"
     optimizers = {"all": "all"}
     return_scale = ("params_init/retnorm/lo/value", "params_init/retnorm/hi/value")
@@ -107,7 +106,6 @@ class Twin(parity_v3.Twin):
         theirs = {name: scale / self.args.beta_pred for name, scale in self.predictions().items()}
         return {"image": theirs["rec"], "vector": theirs["rec"], "reward": theirs["rew"], "cont": theirs["con"]}
 
-    # ------------------------------------------------------------------------------------------- weights
     def sized_networks(self) -> list[tuple[object, str, object]]:
         """Theirs has an output layer for each vector and clips each gradient by itself; ours sees one vector."""
         def decoder(args, spec, feat_dim, shipped=d.Decoder):
@@ -143,7 +141,6 @@ class Twin(parity_v3.Twin):
         discrete = self.spec.discrete
         return torch.nn.functional.one_hot(action.long(), self.spec.action_dim).float() if discrete else action
 
-    # -------------------------------------------------------------------------------------------- inputs
     def batch(self, n: int) -> d.Batch:
         """Rows 1 ... T, and what row 0, the context row, is used for."""
         def get(key):
@@ -165,7 +162,6 @@ class Twin(parity_v3.Twin):
         zeros, no = np.zeros(self.rows, np.float32), np.zeros(self.rows, bool)
         return d.EnvStep(image, vector, zeros, get("is_first") | (t == 0), no, no, zeros, zeros)
 
-    # --------------------------------------------------------------------------------------- comparisons
     def carry(self, n: int, batch: d.Batch) -> d.State:
         return self.agent.carry(batch)
 
