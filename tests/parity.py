@@ -475,8 +475,8 @@ class Twin:
         `after`: function -> what is done to its result. `more`: further recorders, from a log."""
         log, d = {}, self.script
         names = ("world_model_loss", "imagine", "lambda_return", "actor_loss", "critic_loss")
-        with patched(*(recorder(log, d, name, after.get(name)) for name in names), *(
-            patch for make in more for patch in make(log)), *optimizer_recorders(log, d.Optimizer)):
+        patches = [recorder(log, d, name, after.get(name)) for name in names]
+        with patched(*patches, *sum((make(log) for make in more), []), *optimizer_recorders(log, d.Optimizer)):
             returned = self.agent.train_step(*given)
         opts = {name: log.pop(id(getattr(self.agent, f"{name}_opt"))) for name in self.optimizers}
         return SimpleNamespace(**log, **opts, returned=returned)
@@ -560,7 +560,7 @@ def check_fixture(report: Report, fixture: Fixture, version: ModuleType) -> None
                     if name.startswith("math_") and fixture.under(prefix):
                         getattr(version.Math(report, fixture, prefix), name)()
         check_coverage(report, fixture, version.IGNORED)
-    except Mismatch as why:
+    except (Mismatch, version.Twin.script.UserError) as why:
         report.fail(fixture.name, str(why))
 
 

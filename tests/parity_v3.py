@@ -106,6 +106,10 @@ class Twin(parity.Twin):
         call.parts = self.term_gradients(call.scaled | {"recon": recon})
         return result
 
+    def scaled(self) -> dict:
+        return {"world_model_loss": self.scaled_model, "actor_loss": self.scaled_actor,
+                "critic_loss": self.scaled_critic}
+
     def scaled_actor(self, result, call):
         call.scaled = result[0] * self.config[f"loss_scales.{self.scale_names['actor']}"]
         return call.scaled, result[1]
@@ -150,9 +154,7 @@ class Twin(parity.Twin):
 
     def train(self, n: int, batch, carry) -> SimpleNamespace:
         self.shipped_loss = d3.world_model_loss
-        after = {"world_model_loss": self.scaled_model, "actor_loss": self.scaled_actor,
-                 "critic_loss": self.scaled_critic}
-        return self.recorded((batch, carry), after, lambda log: [recorder(log, d3.ReturnScale, "update")])
+        return self.recorded((batch, carry), self.scaled(), lambda log: [recorder(log, d3.ReturnScale, "update")])
 
     def probe(self, batch, carry) -> dict[str, Tensor]:
         """What the world model computes on the way to its losses, by the names of any fixture."""

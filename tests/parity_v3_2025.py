@@ -203,9 +203,7 @@ class Twin(parity_v3.Twin):
                 return result
             return [recorder(log, d.ReturnScale, "update"), recorder(log, d, "replay_critic_loss", last)]
 
-        after = {"world_model_loss": self.scaled_model, "actor_loss": self.scaled_actor,
-                 "critic_loss": self.scaled_critic}
-        call = self.recorded((batch,), after, more)
+        call = self.recorded((batch,), self.scaled(), more)
         call.replay, call.critic_loss = call.critic_loss, call.critic_loss.earlier
         return call
 
