@@ -113,7 +113,7 @@ def parse(args_type: type, script: str, description: str):
     own = {field.name for field in fields(args_type)} - {field.name for field in fields(RunArgs)}
     for name in sorted(own) if mode == "resume" else ():
         new, old = getattr(args, name), getattr(default, name)
-        if new != old and not name.endswith(("lr", "_timesteps")):
+        if new != old and not f"_{name}".endswith(("_lr", "_timesteps")):
             raise UserError(f"--{name.replace('_', '-')} {new} does not fit {run_dir}, which was "
                             f"made with {old}; leave the flag out")
     return args, run_dir

@@ -8,27 +8,20 @@ FOLDER holds fixtures: arrays written by the authors' code, with random draws re
 not compared, 2 if there is nothing to compare.
 
 The agent is ours, the script's `Agent`, with the authors' weights. What is compared comes out of
-the real `Agent.train_step`: while it runs, recorders lie around the shipped functions. What they do
-not show (logits, reconstructions, ...) is asked of the shipped modules with the same weights. This
-file holds what the versions share; `parity_v3.py` and its siblings say which array of a fixture is
-which number of ours.
+the real `Agent.train_step`: recorders lie around the shipped functions. What they do not show
+(logits, reconstructions, ...) is asked of the shipped modules with the same weights. This file holds
+what the versions share; `parity_v3.py` and its siblings say which array is which number of ours.
 
-Tolerances. An error is a largest absolute difference, divided by a scale:
+Tolerances (TOLERANCE of each version). An error is a largest absolute difference, divided by a scale:
 
-                  V3      V2      V1
-    forward      2e-5    1e-5    1e-5    scale: the largest magnitude in the expected tensor. The
-                                         exceptions are named where they are made: a mean or
-                                         difference of numbers that cancel has the scale of those
-                                         numbers; a tensor that spans many orders of magnitude is
-                                         judged by element, with scale max(1, |expected|), or by row
-    gradient     1e-4    1e-4    1e-4    the same scale, for V1 the root mean square of the expected
-                                         tensor (Adam's moments too); ours is 0 where that is 0
-    parameter    1e-5    2e-6    2e-6    absolute, after updates; V2 with layer norm: 5e-6
-    exact        0       0       0       counters, flags and one-hot vectors
+    forward      the largest magnitude in the expected tensor. Exceptions are named where they are
+                 made: a mean or difference of numbers that cancel has the scale of those numbers;
+                 a tensor of many orders of magnitude is judged by element (max(1, |expected|)) or row
+    gradient     the same, for V1 the root mean square (Adam's moments too); ours is 0 where that is 0
+    parameter    absolute, after updates;   exact: counters, flags and one-hot vectors
 
 A line that stands for several tensors shows the worst of them. Every array of a fixture must be
-read by a comparison or stand in the version's IGNORED table with a reason; one that does neither is
-a FAIL as well.
+read by a comparison or stand in the version's IGNORED table with a reason; otherwise it is a FAIL.
 """
 
 import argparse
@@ -99,13 +92,11 @@ class Report:
         self.lines, self.failed, self.worst, self.tolerance = 0, [], {}, {}
 
     def begin(self, fixture: "Fixture", version: ModuleType) -> None:
-        """Say which fixture comes; the version says what it tolerates."""
         self.where, self.rms = fixture.name, version.RMS
         self.tolerance = {"exact": 0.0} | version.TOLERANCE
         self.say(f"\n{fixture.name}")
 
     def line(self, name: str, error: float, kind: str) -> None:
-        """Print one comparison. A NaN is a failure."""
         limit = self.tolerance[kind] * self.slack
         self.lines += 1
         self.worst[self.where, kind] = max(self.worst.get((self.where, kind), (0.0, "")), (error, name))
@@ -126,7 +117,6 @@ class Report:
             self.fail(name, str(why))
 
     def check_all(self, fixture: Fixture, prefix: str, ours: dict[str, Tensor], kind: str) -> None:
-        """Compare every tensor below `prefix`."""
         expected = fixture.under(prefix)
         if set(expected) != set(ours):
             self.fail(prefix, f"other names: {sorted(set(expected) ^ set(ours))}")
@@ -136,9 +126,9 @@ class Report:
     def check_worst(self, prefix: str, ours: dict, expected: dict, kind: str) -> None:
         """Compare tensors by their names: a line for the worst one and for each failure."""
         errors = {}
-        for path, array in expected.items():
+        for path in [path for path in expected if path in ours]:
             try:
-                errors[path] = self.error(ours[path], array, kind)
+                errors[path] = self.error(ours[path], expected[path], kind)
             except Mismatch as why:
                 self.fail(prefix + path, str(why))
         if errors:
@@ -176,7 +166,6 @@ class Report:
 # ---------------------------------------------------------------------------------------- recording
 @contextmanager
 def patched(*patches: tuple[object, str, object]) -> Iterator[None]:
-    """Put replacements (owner, name, new) in place for a while."""
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     for owner, name, new in patches:
         setattr(owner, name, new)
@@ -289,7 +278,6 @@ class Piece:
             self.report.check(self.prefix + key, ours, self.fixture[self.prefix + key], kind, scale)
 
     def compare(self, forward: dict, backward: dict | None = None) -> None:
-        """Compare values and gradients."""
         for kind, found in (("forward", forward), ("gradient", backward or {})):
             for key, ours in found.items():
                 self.check(key, ours, kind)
@@ -437,7 +425,6 @@ class Twin:
             flat[place], known[place] = value.detach(), True
         return {path: flat[index] for path, index in self.index.items() if known[index].all()}
 
-    # --------------------------------------------------------------------------------------- inputs
     def batch(self, n: int):
         """Their batch `n`, time-major, each row with the action chosen there."""
         def get(key):
@@ -460,7 +447,6 @@ class Twin:
         image, vector = (None if x is None else x[t].cpu().numpy() for x in (batch.image, batch.vector))
         return self.script.EnvStep(image, vector, zeros, first, zeros > 0, zeros > 0, zeros, zeros)
 
-    # -------------------------------------------------------------------------------------- running
     def acted(self, steps: int, then=lambda state, obs: state) -> Iterator[tuple]:
         """Act on batch 1, `then` explore: time, state before and after, posterior."""
         batch, state, log = self.batch(1), self.agent.zero_state(self.rows), {}
@@ -489,8 +475,8 @@ class Twin:
         `after`: function -> what is done to its result. `more`: further recorders, from a log."""
         log, d = {}, self.script
         names = ("world_model_loss", "imagine", "lambda_return", "actor_loss", "critic_loss")
-        with patched(*(recorder(log, d, name, after.get(name)) for name in names), *(
-            patch for make in more for patch in make(log)), *optimizer_recorders(log, d.Optimizer)):
+        patches = [recorder(log, d, name, after.get(name)) for name in names]
+        with patched(*patches, *sum((make(log) for make in more), []), *optimizer_recorders(log, d.Optimizer)):
             returned = self.agent.train_step(*given)
         opts = {name: log.pop(id(getattr(self.agent, f"{name}_opt"))) for name in self.optimizers}
         return SimpleNamespace(**log, **opts, returned=returned)
@@ -506,7 +492,6 @@ class Twin:
         """Our name of a loss term -> what is left of its scale after our flags."""
         return {}
 
-    # ---------------------------------------------------------------------------------- comparisons
     def check(self) -> None:
         """Acting, then one update for each batch of the fixture (three)."""
         with patched(*rule(self.script)):
@@ -532,7 +517,6 @@ class Twin:
         self.compare(prefix + "image_mean_sum", image.sum((-3, -2, -1)), scale=size)
 
     def check_gradients(self, prefix: str, call: SimpleNamespace, name: str) -> None:
-        """Gradients of one optimiser before clipping, below `prefix`."""
         if self.fixture.under(prefix):
             params = getattr(self.agent, self.optimizers[name]).parameters()
             found = self.in_their_layout(params, getattr(call, name).grads)
@@ -565,7 +549,6 @@ def check_coverage(report: Report, fixture: Fixture, ignored: dict[str, str]) ->
 
 
 def check_fixture(report: Report, fixture: Fixture, version: ModuleType) -> None:
-    """Compare everything in one fixture: an agent's, or single pieces by the version's Math."""
     report.begin(fixture, version)
     try:
         if fixture.under(version.Twin.init):
@@ -577,12 +560,11 @@ def check_fixture(report: Report, fixture: Fixture, version: ModuleType) -> None
                     if name.startswith("math_") and fixture.under(prefix):
                         getattr(version.Math(report, fixture, prefix), name)()
         check_coverage(report, fixture, version.IGNORED)
-    except Mismatch as why:
+    except (Mismatch, version.Twin.script.UserError) as why:
         report.fail(fixture.name, str(why))
 
 
 def main(argv: list[str], quiet: bool = False) -> int:
-    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser("python -m tests.parity")
     parser.add_argument("version", choices=VERSIONS)
     parser.add_argument("folder", nargs="?", type=Path)

@@ -30,20 +30,17 @@ TOLERANCE = {"forward": 1e-5, "gradient": 1e-4, "parameter": 2e-6}
 
 # ----------------------------------------------------------------------------- an agent like theirs
 class Twin(parity.Twin):
-    """Our agent with the sizes, settings and weights of a fixture."""
-
     script = d1
     swapped = r"^(decode/h1|(reward|pcont|value|actor)/h0)/kernel$"
-    rename = [
-        (r"^value/", "critic/head/"), (r"^actor/", "actor/head/"), (r"^reward/", "world_model/reward_head/"),
-        (r"^pcont/", "world_model/discount_head/"), (r"(_head|/head)/h(\d+)/", r"\1/mlp/\2/"),
-        (r"/hout/", "/out/"), (r"^decode/h1/", "world_model/decoder/cnn_in/"),
-        (r"^decode/h(\d)/", lambda m: f"world_model/decoder/cnn/{2 * int(m[1]) - 4}/"),
-        (r"^encode/h(\d)/", lambda m: f"world_model/encoder/cnn/{2 * int(m[1]) - 2}/"),
-        (r"^dynamics/", "world_model/rssm/"), (r"/img1/", "/img_in/"), (r"/img2/", "/img_out/"),
-        (r"/img3/", "/img_stats/"), (r"/obs1/", "/obs_out/"), (r"/obs2/", "/obs_stats/"),
-        (r"/kernel$", "/weight"), (r"/", "."),
-    ]
+    rename = [(r"^value/", "critic/head/"),
+              (r"^actor/", "actor/head/"), (r"^reward/", "world_model/reward_head/"),
+              (r"^pcont/", "world_model/discount_head/"), (r"(_head|/head)/h(\d+)/", r"\1/mlp/\2/"),
+              (r"/hout/", "/out/"), (r"^decode/h1/", "world_model/decoder/cnn_in/"),
+              (r"^decode/h(\d)/", lambda m: f"world_model/decoder/cnn/{2 * int(m[1]) - 4}/"),
+              (r"^encode/h(\d)/", lambda m: f"world_model/encoder/cnn/{2 * int(m[1]) - 2}/"),
+              (r"^dynamics/", "world_model/rssm/"),
+              (r"/img1/", "/img_in/"), (r"/img2/", "/img_out/"), (r"/img3/", "/img_stats/"),
+              (r"/obs1/", "/obs_out/"), (r"/obs2/", "/obs_stats/"), (r"/kernel$", "/weight"), (r"/", ".")]
     settings = """deter=deter_size hidden=deter_size stoch=stoch_size units=num_units depth=cnn_depth
         pcont pcont_scale kl_scale free_nats clip_rewards imag_horizon=horizon gamma=discount
         return_lambda=disclam actor_init_std=action_init_std expl_amount expl_decay expl_min
@@ -78,7 +75,6 @@ class Twin(parity.Twin):
         discount = get("discount")
         return torch.zeros_like(discount, dtype=torch.bool), discount == 0
 
-    # ---------------------------------------------------------------------------------- comparisons
     @torch.no_grad()
     def check_acting(self) -> None:
         """Acting on two observations of batch 1; discrete actions have no noise in the fixtures."""
@@ -110,7 +106,6 @@ class Twin(parity.Twin):
         self.check_parameters(f"after{n}/")
 
     def probe(self, batch: d1.Batch, carry: d1.State) -> dict[str, Tensor]:
-        """What the world model computes on the way to its losses, by their names."""
         model = self.agent.world_model
         embed, deter, stoch, post, prior, feat = self.posterior(batch, carry)
         found = {"embed": embed, "feat": torch.cat([stoch, deter], -1),
@@ -124,7 +119,6 @@ class Twin(parity.Twin):
             "image_preprocessed_0_0": d1.centre(batch.image)[0, 0]}
 
     def check_world_model(self, n, call, before) -> None:
-        """Posterior, prior, heads, and every loss term."""
         prefix, args, call = f"step{n}/", self.args, call.world_model_loss
         image = before.pop("image_mean")
         losses, deter, stoch, _ = call.result
@@ -159,7 +153,6 @@ class Twin(parity.Twin):
 
     @torch.no_grad()
     def check_behaviour(self, n, call) -> None:
-        """Imagination, returns, both losses."""
         order, prefix = self.start_order, f"step{n}/imag/"
         returns, critic = call.lambda_return, call.critic_loss
         self.compare_all(prefix, {name: order(x) for name, x in (call.imagine.found | {
@@ -188,8 +181,6 @@ def latent(mean: Tensor, std: Tensor) -> d1.Latent:
 
 
 class Math(Piece):
-    """What is compared below a prefix is in the method of its name."""
-
     def math_lam(self) -> None:
         """Lambda-return: what follows from state t stands at index t + 1 of value."""
         reward, value, cont, bootstrap = map(self, ("reward", "value", "pcont", "bootstrap"))
@@ -248,7 +239,6 @@ class Math(Piece):
                       "pcont_logprob": flag.log_prob(self("pcont_target").trunc()), "pcont_mean": flag.mean()})
 
     def math_actor(self) -> None:
-        """Policy of continuous actions."""
         for name in {key.split("/")[0] for key in self.under("init")}:
             raw = self.leaf("raw")
             spec = EnvSpec(None, 1, raw.shape[-1] // 2, False)
@@ -258,7 +248,6 @@ class Math(Piece):
                                                {"dsample_sum_draw": gradient(sample, raw)[0]})
 
     def math_onehot(self) -> None:
-        """Policy of discrete actions."""
         raw = self.leaf("logits")
         policy = d1.Actor(flags(), EnvSpec(None, 1, raw.shape[-1], True), 1).policy(raw)
         sample = policy.sample()

@@ -41,28 +41,23 @@ TOLERANCE = {"forward": 1e-5, "gradient": 1e-4, "parameter": 2e-6}
 
 # ----------------------------------------------------------------------------- an agent like theirs
 class Twin(parity.Twin):
-    """Our agent with the sizes, settings and weights of a fixture."""
-
     script = d2
     swapped = (r"^(decoder/(convin|dense0)|(reward|discount|actor|critic|target_critic)/dense0"
                r"|rssm/gru/dense)/kernel$")
     vector_out = r"^decoder/dense_(.*)/out/"
-    rename = [
-        (r"^target_critic/", "slow_critic/head/"), (r"^critic/", "critic/head/"),
-        (r"^actor/out/std/", "actor/std/"), (r"^actor/(?!std)", "actor/head/"),
-        (r"^(encoder|decoder|rssm|reward|discount)/", r"world_model/\1/"),
-        (r"/discount/", "/discount_head/"), (r"/reward/", "/reward_head/"),
-        (r"/convin/", "/cnn_in/"),
-        (r"/conv(\d+)/", lambda m: f"/cnn/{2 * int(m[1])}/"),
-        (r"/convnorm(\d+)/", lambda m: f"/cnn/{2 * int(m[1]) + 1}/0/"),
-        (r"/decoder/dense_.*/out/", "/decoder/vector_head/out/"),
-        (r"/decoder/(dense|densenorm)(\d+)/", r"/decoder/vector_head/\1\2/"),
-        (r"/gru/dense/", "/gru/linear/"), (r"/(img|obs)_dist(_0)?/", r"/\1_stats/"),
-        (r"/(img_in|obs_out)_norm/", r"/\1/norm/"), (r"/img_out_norm_0/", "/img_out/norm/"),
-        (r"/img_out_0/", "/img_out/"), (r"/(dense)?norm(\d+)/", r"/mlp/\2/norm/"),
-        (r"/dense(\d+)/", r"/mlp/\1/"), (r"/out/out/", "/out/"), (r"/(kernel|gamma)$", "/weight"),
-        (r"/beta$", "/bias"), (r"/", "."),
-    ]
+    rename = [(r"^target_critic/", "slow_critic/head/"), (r"^critic/", "critic/head/"),
+              (r"^actor/out/std/", "actor/std/"), (r"^actor/(?!std)", "actor/head/"),
+              (r"^(encoder|decoder|rssm|reward|discount)/", r"world_model/\1/"),
+              (r"/discount/", "/discount_head/"), (r"/reward/", "/reward_head/"),
+              (r"/convin/", "/cnn_in/"), (r"/conv(\d+)/", lambda m: f"/cnn/{2 * int(m[1])}/"),
+              (r"/convnorm(\d+)/", lambda m: f"/cnn/{2 * int(m[1]) + 1}/0/"),
+              (r"/decoder/dense_.*/out/", "/decoder/vector_head/out/"),
+              (r"/decoder/(dense|densenorm)(\d+)/", r"/decoder/vector_head/\1\2/"),
+              (r"/gru/dense/", "/gru/linear/"),
+              (r"/(img|obs)_dist(_0)?/", r"/\1_stats/"), (r"/(img_in|obs_out)_norm/", r"/\1/norm/"),
+              (r"/img_out_norm_0/", "/img_out/norm/"), (r"/img_out_0/", "/img_out/"),
+              (r"/(dense)?norm(\d+)/", r"/mlp/\2/norm/"), (r"/dense(\d+)/", r"/mlp/\1/"),
+              (r"/out/out/", "/out/"), (r"/(kernel|gamma)$", "/weight"), (r"/beta$", "/bias"), (r"/", ".")]
     settings = """deter=rssm.deter hidden=rssm.hidden stoch=rssm.stoch classes=rssm.discrete
         units=actor.units layers=actor.layers depth=encoder.cnn_depth kl_scale=loss_scales.kl
         kl_balance=kl.balance free_nats=kl.free pcont=pred_discount pcont_scale=loss_scales.discount
@@ -92,7 +87,6 @@ class Twin(parity.Twin):
         """Their actions (T, B, A), which led to the observations."""
         return batch_major(self.fixture.tensor(f"batch{n}/action"))
 
-    # ---------------------------------------------------------------------------------- comparisons
     @torch.no_grad()
     def check_acting(self) -> None:
         """Acting on two observations, a carried state, open-loop prediction: initial weights."""
@@ -140,7 +134,6 @@ class Twin(parity.Twin):
         self.check_parameters(f"after{n}/")
 
     def probe(self, batch: d2.Batch, carry: d2.State) -> dict[str, Tensor]:
-        """What the world model computes on the way to its losses, by their names."""
         model = self.agent.world_model
         embed, deter, stoch, post, prior, feat = self.posterior(batch, carry)
         found = {"embed": embed, "feat": torch.cat([stoch, deter], -1), "post/logit": post.raw,
@@ -157,7 +150,6 @@ class Twin(parity.Twin):
         return {name: batch_major(x) for name, x in found.items()}
 
     def check_world_model(self, n, call, before) -> None:
-        """Posterior, prior, heads, and every loss term."""
         prefix, args, call = f"step{n}/", self.args, call.world_model_loss
         image = before.pop("image", None)
         self.compare_all(prefix, before)
@@ -255,7 +247,6 @@ def flags(**given) -> d2.Args:
 
 
 def filled(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Put weights into an actor or critic; its parameters by their names."""
     params = {}
     for key, array in weights.items():
         layer = net.std if "std" in key else net.head.out if "out" in key else (
@@ -266,8 +257,6 @@ def filled(net: nn.Module, weights: dict[str, Tensor]) -> dict[str, nn.Parameter
 
 
 class Math(Piece):
-    """What is compared below a prefix is in the method of its name."""
-
     def math_kl(self) -> None:
         """KL balancing with free nats: the rows of `combos` that are as ours."""
         post, prior = self.leaf("post_logit"), self.leaf("prior_logit")
@@ -286,7 +275,6 @@ class Math(Piece):
                 self.check(f"combo{row}/grad_{side}_logit", grad, "gradient")
 
     def math_onehot(self) -> None:
-        """Latents: log-probability, entropy, straight-through sample."""
         raw = self.leaf("logits")
         groups = raw.shape[-2]
         latent = d2.Latent(raw.flatten(-2), groups)

@@ -46,32 +46,29 @@ class Outputs(nn.ModuleList):
 
 
 class Twin(parity_v3.Twin):
-    """Our agent with the sizes, settings and weights of a fixture."""
-
     script = d
     rename = [
         (r"^(pol|val|slowval|rew|con)/mlp/(linear|norm)(\d+)/", r"\1/head/mlp/\3/\2/"),
         (r"^(dec)/mlp/(linear|norm)(\d+)/", r"\1/vector_head/mlp/\3/\2/"),
         (r"^pol/head/action/stddev/", "pol/std/"), (r"^pol/head/action/(logits|mean)/", "pol/head/out/"),
         (r"^(val|slowval|rew|con)/head/(logits|logit)/", r"\1/head/out/"),
-        (r"^enc/mlp(\d+)norm/", r"enc/mlp/\1/norm/"), (r"^enc/mlp(\d+)/", r"enc/mlp/\1/"),
-        (r"^enc/cnn(\d+)norm/", lambda m: f"enc/cnn/{4 * int(m[1]) + 2}/"),
+        (r"^enc/mlp(\d+)norm/", r"enc/mlp/\1/norm/"),
+        (r"^enc/mlp(\d+)/", r"enc/mlp/\1/"), (r"^enc/cnn(\d+)norm/", lambda m: f"enc/cnn/{4 * int(m[1]) + 2}/"),
         (r"^enc/cnn(\d+)/", lambda m: f"enc/cnn/{4 * int(m[1])}/"),
         (r"^dec/conv(\d+)norm/", lambda m: f"dec/cnn/{3 * (2 - int(m[1])) + 1}/"),
-        (r"^dec/conv(\d+)/", lambda m: f"dec/cnn/{3 * (2 - int(m[1]))}/"),
-        (r"^dec/imgout/", "dec/cnn/9/"), (r"^dec/sp0/", "dec/deter_in/"), (r"^dec/sp1norm/", "dec/stoch_in/0/norm/"),
-        (r"^dec/sp1/", "dec/stoch_in/0/"), (r"^dec/sp2/", "dec/stoch_in/1/"), (r"^dec/spnorm/", "dec/norm/"),
-        (r"^dyn/dynin0", "dyn/deter_in"), (r"^dyn/dynin1", "dyn/stoch_in"), (r"^dyn/dynin2", "dyn/action_in"),
-        (r"^dyn/dynhid0norm/", "dyn/gru/norm/"), (r"^dyn/dynhid0/", "dyn/gru/hidden/"),
-        (r"^dyn/dyngru/", "dyn/gru/gates/"), (r"^dyn/obs0", "dyn/obs_out"), (r"^dyn/obslogit/", "dyn/obs_stats/"),
+        (r"^dec/conv(\d+)/", lambda m: f"dec/cnn/{3 * (2 - int(m[1]))}/"), (r"^dec/imgout/", "dec/cnn/9/"),
+        (r"^dec/sp0/", "dec/deter_in/"), (r"^dec/sp1norm/", "dec/stoch_in/0/norm/"),
+        (r"^dec/sp1/", "dec/stoch_in/0/"), (r"^dec/sp2/", "dec/stoch_in/1/"),
+        (r"^dec/spnorm/", "dec/norm/"), (r"^dyn/dynin0", "dyn/deter_in"), (r"^dyn/dynin1", "dyn/stoch_in"),
+        (r"^dyn/dynin2", "dyn/action_in"), (r"^dyn/dynhid0norm/", "dyn/gru/norm/"),
+        (r"^dyn/dynhid0/", "dyn/gru/hidden/"), (r"^dyn/dyngru/", "dyn/gru/gates/"),
+        (r"^dyn/obs0", "dyn/obs_out"), (r"^dyn/obslogit/", "dyn/obs_stats/"),
         (r"^dyn/prior(\d)norm/", r"dyn/img_out/\1/norm/"), (r"^dyn/prior(\d)/", r"dyn/img_out/\1/"),
-        (r"^dyn/priorlogit/", "dyn/img_stats/"),
-        (r"(_in|_out)norm/", r"\1/norm/"), (r"/linear/", "/"),
-        (r"^pol/", "actor/"), (r"^val/", "critic/"), (r"^slowval/", "slow_critic/"),
-        (r"^rew/head/", "rew/"), (r"^con/head/", "con/"), (r"^rew/", "world_model/reward_head/"),
-        (r"^con/", "world_model/cont_head/"), (r"^enc/", "world_model/encoder/"), (r"^dec/", "world_model/decoder/"),
-        (r"^dyn/", "world_model/rssm/"), (r"/(kernel|scale)$", "/weight"), (r"/", "."),
-    ]
+        (r"^dyn/priorlogit/", "dyn/img_stats/"), (r"(_in|_out)norm/", r"\1/norm/"), (r"/linear/", "/"),
+        (r"^pol/", "actor/"), (r"^val/", "critic/"), (r"^slowval/", "slow_critic/"), (r"^rew/head/", "rew/"),
+        (r"^con/head/", "con/"), (r"^rew/", "world_model/reward_head/"), (r"^con/", "world_model/cont_head/"),
+        (r"^enc/", "world_model/encoder/"), (r"^dec/", "world_model/decoder/"),
+        (r"^dyn/", "world_model/rssm/"), (r"/(kernel|scale)$", "/weight"), (r"/", ".")]
     swapped, flipped, vector_out = r"dec/mlp/linear0/kernel$", "$^", "$^"
     optimizers = {"all": "all"}
     return_scale = ("params_init/retnorm/lo/value", "params_init/retnorm/hi/value")
@@ -87,7 +84,6 @@ class Twin(parity_v3.Twin):
         lr=opt.lr warmup=opt.warmup agc=opt.agc beta1=opt.beta1 beta2=opt.beta2 eps=opt.eps"""
 
     def observations(self) -> dict[str, tuple[int, ...]]:
-        """In the order of their names."""
         found = parity.Twin.observations(self)
         return {key: found[key] for key in sorted(found) if key != "consec" and not key.startswith("dyn/")}
 
@@ -103,7 +99,6 @@ class Twin(parity_v3.Twin):
                       critic_ema_decay=1 - c["slowvalue.rate"], return_norm_decay=1 - c["retnorm.rate"])
 
     def predictions(self) -> dict[str, float]:
-        """Their loss scales that are one `beta_pred` in ours."""
         return {name: self.config[f"loss_scales.{name}"] for name in ("rec", "rew", "con")}
 
     def loss_scales(self) -> dict[str, float]:
@@ -111,7 +106,6 @@ class Twin(parity_v3.Twin):
         theirs = {name: scale / self.args.beta_pred for name, scale in self.predictions().items()}
         return {"image": theirs["rec"], "vector": theirs["rec"], "reward": theirs["rew"], "cont": theirs["con"]}
 
-    # ------------------------------------------------------------------------------------------- weights
     def sized_networks(self) -> list[tuple[object, str, object]]:
         """Theirs has an output layer for each vector and clips each gradient by itself; ours sees one vector."""
         def decoder(args, spec, feat_dim, shipped=d.Decoder):
@@ -147,7 +141,6 @@ class Twin(parity_v3.Twin):
         discrete = self.spec.discrete
         return torch.nn.functional.one_hot(action.long(), self.spec.action_dim).float() if discrete else action
 
-    # -------------------------------------------------------------------------------------------- inputs
     def batch(self, n: int) -> d.Batch:
         """Rows 1 ... T, and what row 0, the context row, is used for."""
         def get(key):
@@ -169,12 +162,10 @@ class Twin(parity_v3.Twin):
         zeros, no = np.zeros(self.rows, np.float32), np.zeros(self.rows, bool)
         return d.EnvStep(image, vector, zeros, get("is_first") | (t == 0), no, no, zeros, zeros)
 
-    # --------------------------------------------------------------------------------------- comparisons
     def carry(self, n: int, batch: d.Batch) -> d.State:
         return self.agent.carry(batch)
 
     def check_optimizers(self, after: str) -> None:
-        """LaProp's moments and counters after the last update."""
         optimizer, prefix = self.agent.optimizer, "opt" + after
         for key, ours, kind in (("state/1/1/", optimizer.nu, "tie"), ("state/2/1/", optimizer.mu, "momentum")):
             if self.fixture.under(prefix + key):
@@ -212,26 +203,14 @@ class Twin(parity_v3.Twin):
                 return result
             return [recorder(log, d.ReturnScale, "update"), recorder(log, d, "replay_critic_loss", last)]
 
-        after = {"world_model_loss": self.scaled_model, "actor_loss": self.scaled_actor,
-                 "critic_loss": self.scaled_critic}
-        call = self.recorded((batch,), after, more)
+        call = self.recorded((batch,), self.scaled(), more)
         call.replay, call.critic_loss = call.critic_loss, call.critic_loss.earlier
         return call
-
-    def term_gradients(self, terms: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Gradients of each loss term alone, for the parameters that it reaches: by their names."""
-        names = {"reward": "rew", "cont": "con"}
-        found, params = {}, self.agent.optimizer.params
-        for term, loss in terms.items():
-            grads = torch.autograd.grad(loss.mean(), params, retain_graph=True, allow_unused=True)
-            reached = [(param, grad) for param, grad in zip(params, grads) if grad is not None]
-            found[names.get(term, term)] = self.in_their_layout(*zip(*reached))
-        return found
 
     def check_parts(self, parts: dict[str, dict[str, Tensor]]) -> None:
         """An absent key of theirs is a gradient that is all zero."""
         for term, grads in parts.items():
-            keys = {"image": self.images, "vector": self.vectors}.get(term, [term])
+            keys = {"image": self.images, "vector": self.vectors, "reward": ["rew"], "cont": ["con"]}.get(term, [term])
             prefixes = [f"gradparts/{key}/" for key in keys]
             expected: dict[str, np.ndarray] = {}
             for prefix in prefixes:
@@ -245,7 +224,6 @@ class Twin(parity_v3.Twin):
             self.report.check_worst("+".join(prefixes), grads, zeros | expected, "gradient")
 
     def check_world_model(self, n, call, before, batch) -> None:
-        """Posterior, prior, heads, every loss term, and what goes back into the replay."""
         prefix, first = f"step{n}/wm/", batch.is_first[..., None]
         previous = batch_major(d.previous_actions(batch, self.agent.carry(batch).action) * ~first)
         expected = self.onehot(self.fixture.tensor(prefix + "prevact"))
@@ -284,7 +262,6 @@ class Twin(parity_v3.Twin):
         self.compare(prefix + "prior_logit_raw", order(call.replay_critic_loss.priors))
 
     def check_replay_critic(self, n, call) -> None:
-        """The critic's loss on replayed rewards."""
         prefix, whole, args = f"step{n}/repval/", call.replay_critic_loss, call.replay
         weighted = args.weight * per_step(d.critic_loss, args)
         with torch.no_grad():
@@ -324,8 +301,6 @@ def fill(layer: nn.Module, weight: Tensor, bias: Tensor, scale: Tensor | None = 
 
 
 class Math(parity_v3.Math):
-    """What is compared below a prefix is in the method of its name."""
-
     def math_twohot(self) -> None:
         """Two-hot distribution; its numbers span nine orders of magnitude."""
         logits = self.leaf("logits")
@@ -355,7 +330,6 @@ class Math(parity_v3.Math):
         self.check("ret", log["critic_loss"].ret.T)
 
     def math_retnorm(self) -> None:
-        """Successive updates of the return scale."""
         scale = d.ReturnScale(ARGS)
         found = [(scale.update(ret), scale.range.clone()) for ret in self("x")]
         self.check("lo_hi_offset_scale", torch.stack([
@@ -418,7 +392,6 @@ class Math(parity_v3.Math):
         self.check("clipped", grad.sign() * (optimizer.nu[0] / (1 - optimizer.beta2)).sqrt())
 
     def math_optim(self) -> None:
-        """LaProp with clipping and warm-up."""
         settings = {key: float(self(key)) for key in ("lr", "agc", "beta1", "beta2", "eps")}
         args = d.Args(size="1M", warmup=int(self("warmup")), **settings)
         self.steps(("w", "tiny", "zero"), lambda params: d.Optimizer(params, args))

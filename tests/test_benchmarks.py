@@ -66,26 +66,6 @@ def test_a_row_of_the_table_has_the_share_of_the_others_in_the_same_precision():
     assert rows[4][4:7] == ["0.5", "0.25 (0.25 to 0.25)", ""] and rows[0][5:7] == rows[1][5:7] == ["", ""]
 
 
-def test_a_row_of_learning_shows_every_seed_and_how_many_reached_the_target():
-    found = {"1": {"mean": 500.0, "worst": 490.0, "minutes": 3.2, "commit": "a" * 40, "stopped_by_limit": False,
-                   "timesteps": 25_000, "command": "... --action-repeat 2 ..."},
-             "2": {"mean": 99.5, "worst": 9.0, "minutes": 8.9, "commit": "a" * 40, "stopped_by_limit": True,
-                   "timesteps": 24_000, "command": "... --action-repeat 2 ..."}}
-    assert learning.row("dreamer_v1", "cartpole", found) == [
-        "dreamer_v1", "cartpole", "1: 500.0, 2: 99.5 (stopped early)", "400", "1 of 2", "9", "3, 9", "a" * 9]
-    control = learning.row("dreamer_v3", "control_cartpole_swingup", found)
-    assert control[3:5] == ["published: 265 to 457", "1 of 2"]  # after 50,000 frames
-    assert learning.row("dreamer_v3", "cartpole_pixels", found)[3:5] == ["none", ""]
-
-
-def test_a_curve_of_many_episodes_is_thinned_out():
-    pytest.importorskip("matplotlib")
-    plot = importlib.import_module("plot")
-    curve = [(10 * number, float(number)) for number in range(1, 601)]
-    thin = plot.thin_out(curve)
-    assert len(thin) == plot.FEW and thin[0] == (100.0, 5.5) and plot.thin_out(curve[:50]) == curve[:50]
-
-
 def test_the_curve_of_a_resumed_run_leaves_the_break_out(tmp_path, monkeypatch):
     clock = iter(())
     monkeypatch.setattr("time.time", lambda: next(clock))
@@ -112,14 +92,6 @@ def test_the_curve_of_a_resumed_run_leaves_the_break_out(tmp_path, monkeypatch):
 
 
 # ---- gpu.py --------------------------------------------------------------------------------------
-
-def test_every_step_of_the_gpu_benchmark_has_its_place():
-    for device in ("cuda", "cpu"):
-        plan = gpu.plan(gpu.Options(device=device, peer="python"))
-        assert {function for function, _ in plan.values()} == gpu.STEPS.keys()
-        assert list(plan)[0].startswith("parity") and plan.keys() != gpu.plan(gpu.Options()).keys()
-    assert any("graph compiled" in name for name in gpu.plan(gpu.Options()))
-
 
 def test_gpu_benchmark_on_a_cpu(monkeypatch, tmp_path, capsys):
     """Its steps at tiny sizes; what one of them breaks on stays its own."""
