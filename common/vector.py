@@ -5,8 +5,7 @@ environment's action and starts its next episode: this is Gymnasium's `Autoreset
 The scripts' docstrings draw it ("Time alignment").
 
 Every environment has a process of its own, even a single one. So it cannot touch the agent's random
-numbers, threads or working directory, and its crash does not end the run unsaved.
-"""
+numbers, threads or working directory, and its crash does not end the run unsaved."""
 
 import multiprocessing
 import os
@@ -72,7 +71,8 @@ class Envs:
         with self._explained():
             observation, _ = self.vector.reset(seed=self.seeds)
         if observation.get("image", np.full(1, 255)).max() < 16:
-            sys.stderr.write("\nnote: the first picture is almost black; --pixels if it is codes\n")
+            hint = "rgb_array" in self.vector.metadata.get("render_modes", ()) and "; try --pixels"
+            sys.stderr.write(f"\nnote: the first picture is almost black{hint or ''}\n")
         no = np.zeros(self.num_envs, bool)
         self.returns, self.lengths, self.is_last = np.zeros(self.num_envs), no.astype(int), ~no
         return self._row(observation, np.zeros(self.num_envs), no, no)
