@@ -98,8 +98,8 @@ Deviation (from the authors' code, danijar/dreamerv3 8fa35f8 of June 2023)
       acting stay in float32.
     * We do not draw the prior sample that their replay loop draws and never uses.
     * log1p(|x|) for ln(|x| + 1), torch's variance for E[x^2] - E[x]^2 in LayerNorm: less rounding.
-    * One environment (theirs: 4 for control), 100,000 decisions (theirs: 150,000, of which more
-      than the benchmark's are not counted); Atari starts with 1 to 30 no-ops (theirs: 0 to 29).
+    * One environment (theirs: 4 for control); 100,000 decisions on Atari, which is the benchmark's
+      number (theirs: 150,000); 1 to 30 no-ops at the start of a game (theirs: 0 to 29).
     * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action. It
       is a command of its own (theirs evaluates while it trains).
     * --size XXS is ours, for laptops; few of its numbers are the paper's. Two of its choices are
