@@ -65,11 +65,11 @@ def find(env_id: str) -> str:
 
 def benchmark(env_id: str) -> str:
     """Whose habits a task follows: "atari", "control" (DeepMind's) or "other"."""
-    name = find(env_id)
-    entries = [str(spec.entry_point) for known, spec in gym.registry.items()
-               if known == name or known.startswith(f"{name}-v")]  # an id may lack its version
-    is_atari = any(entry.startswith("ale_py") for entry in entries)
-    return "atari" if is_atari else "control" if name.startswith("dm_control/") else "other"
+    if env_id.startswith("dm_control/"):  # known without its package
+        return "control"
+    name, known = find(env_id), gym.registry.items()  # an id may lack its version
+    entries = [str(spec.entry_point) for id_, spec in known if f"{id_}-v".startswith(f"{name}-v")]
+    return "atari" if any(entry.startswith("ale_py") for entry in entries) else "other"
 
 
 def make_env(config: EnvConfig) -> gym.Env:
@@ -86,12 +86,12 @@ def make_env(config: EnvConfig) -> gym.Env:
 
 
 def _make(config: EnvConfig) -> gym.Env:
-    kwargs, size = json.loads(config.kwargs), config.image_size
+    find(config.env_id)
+    kwargs, size, kind = json.loads(config.kwargs), config.image_size, benchmark(config.env_id)
     if config.max_episode_steps:
         kwargs["max_episode_steps"] = -1  # ours counts agent steps
     if config.pixels or config.films:
         kwargs["render_mode"] = "rgb_array"
-    kind = benchmark(config.env_id)
     if kind == "atari":
         import ale_py
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
