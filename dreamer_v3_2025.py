@@ -155,7 +155,7 @@ DEPTHS = 2, 3, 4, 4  # channels of the stages of encoder and decoder, times --de
 SIZES = {  # of the authors' code, by one width [R-18]; XXS is ours
     "XXS": dict(
         deter=256, hidden=64, depth=8, units=128, stoch=16, bins=63, batch_length=16,
-        train_ratio=64.0, lr=4e-4, warmup=200, gamma=0.99, beta_pred=5.0),
+        train_ratio=64.0, lr=4e-4, warmup=200, gamma=0.99, beta_pred=5.0, actor_entropy=3e-3),
     "1M": dict(deter=512, hidden=64, depth=4, units=64, classes=4),
     "12M": {},
     "25M": dict(deter=3072, hidden=384, depth=24, units=384, classes=24),

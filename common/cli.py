@@ -1,6 +1,7 @@
 """From the command line to `Args`: of a new run, or of one that a directory remembers."""
 
 import argparse
+import json
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -67,6 +68,10 @@ class RunArgs:
 
     def check(self, may_be_zero: set[str], shares: set[str]) -> None:
         """UserError for a number that is negative, infinite, 0 where it counts, or too large."""
+        try:
+            dict(json.loads(self.env_kwargs))
+        except (ValueError, TypeError):
+            raise UserError("""--env-kwargs is JSON, such as '{"continuous": true}'""") from None
         for name, value in vars(self).items():
             if type(value) in (int, float):
                 least = int(type(value) is int and name not in may_be_zero | MAY_BE_ZERO)
@@ -81,7 +86,7 @@ def one_line_errors():
     try:
         yield
     except (UserError, EnvError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + " ".join(str(error).splitlines()))  # that of a space has several
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

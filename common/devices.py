@@ -164,10 +164,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def average_over_ranks(grads: tuple[Tensor, ...]) -> None:
-    """Make `grads` those of the whole batch, of which each process has an equal share.
-
-    Every rank starts from the same weights and applies the same gradient: the weights stay equal.
-    """
+    """Make `grads` those of the whole batch: each process has an equal share, and equal weights."""
     if dist.is_initialized():
         flat = torch.cat([grad.flatten() for grad in grads])  # one message, not a hundred
         dist.all_reduce(flat)

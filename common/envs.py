@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import gymnasium as gym
+import numpy as np
 from gymnasium import wrappers
 
 from common.spaces import EnvError, ImageAndVector, standard_actions
+from common.video import to_rgb
 
 PACKAGES = {  # part of a plain id: what to import, what to install
     "dm_control/": ("shimmy", "shimmy[dm-control]"), "MiniGrid-": ("minigrid", "minigrid"),
@@ -109,17 +111,30 @@ def _make(config: EnvConfig) -> gym.Env:
         env = wrappers.RepeatAction(env, config.action_repeat)
     if config.pixels and kind != "atari":
         env.reset(seed=0)  # the next line resets without a seed, which would be random
-        env = wrappers.AddRenderObservation(env, render_only=True)
+        env = wrappers.AddRenderObservation(Frames(env), render_only=True)
     if config.films:
         trigger = (lambda episode: True) if config.film_all else None
         folder = f"{config.films}/{time.strftime('%Y%m%d-%H%M%S')}"
-        env = wrappers.RecordVideo(env, folder, trigger, name_prefix="film")
+        env = wrappers.RecordVideo(Frames(env), folder, trigger, name_prefix="film")
     if config.max_episode_steps:
         env = wrappers.TimeLimit(env, config.max_episode_steps)
     env = ImageAndVector(standard_actions(env), size, config.grayscale)
     if config.seed is not None:  # Gymnasium's autoreset names no seed
         env.reset = partial(env.reset, seed=config.seed)
     return env
+
+
+class Frames(gym.Wrapper):
+    """`render` as (H, W, 3) uint8, also of floats in [0, 1], grey, (3, H, W), and Pillow."""
+
+    def render(self):
+        frame = np.asarray(given := self.env.render())
+        if frame.dtype.kind == "f" and 0 <= frame.min() and frame.max() <= 1:
+            frame = np.rint(255 * frame).astype(np.uint8)
+        if frame.dtype != np.uint8 or frame.ndim not in (2, 3):
+            raise ValueError(f"`render` gave {type(given)}, {frame.dtype} {frame.shape}")
+        frame = np.moveaxis(frame, 0, -1) if frame.shape[0] in (1, 3) else frame
+        return to_rgb(np.atleast_3d(frame))
 
 
 class Atari(wrappers.AtariPreprocessing):

@@ -10,6 +10,7 @@ import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from common.disk import UserError
@@ -30,10 +31,7 @@ def to_numbers(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
 
 
 class Log:
-    """The curves, the videos and the progress of a run; with enabled=False, nothing.
-
-    On a resume, `purge_step` strikes out what a killed run logged after its last checkpoint.
-    """
+    """The curves, the videos and the progress of a run; with enabled=False, nothing."""
 
     def __init__(self, run_dir: Path, args, step: int, updates: int, enabled: bool):
         self.total, self.writer, self.wandb = args.total_timesteps, None, None
@@ -47,9 +45,11 @@ class Log:
                                     name=run_dir.name, id=run_dir.name, resume="allow",
                                     dir=str(run_dir), config=vars(args), sync_tensorboard=True)
         if enabled:
+            # What a killed run has logged after its last checkpoint is struck out.
             self.writer = SummaryWriter(str(run_dir), purge_step=step + 1)
-            rows = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-            self.writer.add_text("hyperparameters", "|name|value|\n|-|-|\n" + rows, step)
+            settings = {name: value for name, value in vars(args).items() if value is not None}
+            for part in hparams(settings, {"charts/episodic_return": 0.0}):
+                self.writer.file_writer.add_summary(part)  # a table beside the other runs
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for tag, value in values.items() if self.writer else ():

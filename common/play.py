@@ -18,7 +18,6 @@ from common.vector import Envs, EnvStep
 from common.video import draw, gif_bytes, to_rgb
 
 
-
 def load_agent(agent_type: type, args, run_dir: Path):
     """The agent of a run directory's checkpoint; on the CPU if it was trained on a GPU we lack."""
     saved = load_checkpoint(run_dir)
@@ -66,10 +65,7 @@ def evaluate(args, agent, run_dir: Path) -> list[float]:
 
 
 def dream(args, agent, run_dir: Path, open_loop, to_batch) -> None:
-    """Write what the agent imagines as RUN_DIR/videos/dream.gif and dream.png.
-
-    `to_batch` and `open_loop` are the script's.
-    """
+    """Write what the script's `open_loop` gives as RUN_DIR/videos/dream.gif and dream.png."""
     context, length, steps = args.dream_context, args.dream_context + args.dream_horizon, deque()
     for obs, action in play(args, agent, 1):
         steps.append(obs._asdict() | {"action": action})
@@ -88,7 +84,7 @@ def dream(args, agent, run_dir: Path, open_loop, to_batch) -> None:
             if part is not None and name not in ("is_last", "episode_return", "episode_length")}
     rows["is_first"][:] = [[True]] + [[False]] * (len(steps) - 1)
     series, path = open_loop(agent, to_batch(rows), context, choose), run_dir / "videos" / name
-    frames, strip = draw(series, context, max(1, length // 10))
+    frames, strip = draw(series, context, agent.spec.names, max(1, length // 10))
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(gif_bytes(frames))
     Image.fromarray(strip).save(path.with_suffix(".png"))
@@ -148,10 +144,7 @@ def load(run_dir: Path | str, **flags) -> "Player":
 
 
 class Player:
-    """A trained agent in the terms of the environment that it was trained on.
-
-    `env` is a new one of these, with --action-repeat, --pixels and Atari's preprocessing.
-    """
+    """A trained agent; `env` is a new environment with its --action-repeat, --pixels and so on."""
 
     def __init__(self, args, agent):
         self.args, self.agent = args, agent

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from common.video import draw
 CHECKPOINT_SECONDS = 600  # the longest time between two checkpoints
 
 
-class Run:
+class Run(AbstractContextManager):
     """What surrounds the main loop of a new run, or of the rest of the one in `run_dir`.
 
     Of several processes only rank 0 makes files, except for the replay; all ranks begin, save and
@@ -54,9 +55,6 @@ class Run:
         self.generator = torch.cuda if self.device.type == "cuda" else torch.random
         self.metrics, self.returns, self.parent = {}, deque(maxlen=10), os.getppid()
         self.envs, self.log, self.started, self.stop, self.handlers = None, None, False, False, {}
-
-    def __enter__(self):
-        return self
 
     def open_replay(self, replay_type: type, spec, capacity: int):
         folder = self.dir / "replay" / (f"rank{self.rank}" if self.ranks > 1 else "")
@@ -127,7 +125,9 @@ class Run:
         if self.device.type == "cpu" or to_log:  # a GPU would be waited for
             values = to_numbers(metrics, agent.updates)
         if to_log:
+            rings = self.feeder.replay.rings
             values["charts/frames"] = self.step * args.action_repeat
+            values["charts/replay_size"] = (rings.count - rings.oldest) * rings.num_envs
             log.scalars(values | log.speeds(self.step, agent.updates), self.step)
         if to_film:
             self.log_video()
@@ -148,7 +148,8 @@ class Run:
         batch = replay.sample(1, length, np.random.default_rng(self.step))
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             series = self.open_loop(self.agent, batch, context)
-        self.log.video("open_loop", draw(series, context)[0], self.step)
+        self.log.video("open_loop", draw(series, context, self.envs.spec.names)[0],
+                       self.step)
 
     def save(self) -> None:
         agent, replay = self.agent, self.feeder.replay
@@ -211,7 +212,7 @@ class Run:
 
 def load_weights(agent, saved: dict, spec, run_dir: Path | str) -> None:
     """Load a checkpoint into the agent of an environment; UserError if one of the two differs."""
-    if asdict(spec) != saved["spec"]:
+    if spec != type(spec)(**saved["spec"]):
         raise UserError(f"the environment is {spec}, {run_dir} was made with {saved['spec']}")
     try:
         agent.load_state_dict(saved["agent"])

@@ -1,7 +1,7 @@
 """Any observation as one image and one vector, any action as a choice or as numbers in [-1, 1]."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import gymnasium as gym
@@ -15,9 +15,6 @@ BOUNDS = {"image": (0, 255, np.uint8), "vector": (-np.inf, np.inf, np.float32)}
 class EnvError(Exception):
     """The environment cannot be used. One line for the user, who can mend it."""
 
-    def __str__(self) -> str:
-        return " ".join(self.args[0].split())  # the text of a space may have several lines
-
 
 @dataclass(frozen=True)
 class EnvSpec:
@@ -27,12 +24,13 @@ class EnvSpec:
     vector_dim: int  # V; 0: no vector
     action_dim: int  # A
     discrete: bool  # actions are one-hot, otherwise in [-1, 1]
+    names: tuple[str, ...] = field(default=(), compare=False, repr=False)  # of the V numbers
 
 
-def env_spec(observation_space: spaces.Dict, action_space: spaces.Space) -> EnvSpec:
+def env_spec(observation_space: spaces.Dict, action_space: spaces.Space, names=()) -> EnvSpec:
     shapes = {key: space.shape for key, space in observation_space.items()}
-    return EnvSpec(shapes.get("image"), sum(shapes.get("vector", ())),
-                   spaces.flatdim(action_space), isinstance(action_space, spaces.Discrete))
+    return EnvSpec(shapes.get("image"), sum(shapes.get("vector", ())), spaces.flatdim(action_space),
+                   isinstance(action_space, spaces.Discrete), names)
 
 
 def standard_actions(env: gym.Env) -> gym.Env:
@@ -74,11 +72,15 @@ class ImageAndVector(gym.Wrapper):
         super().__init__(env)
         self.size, self.grayscale, self.shapes = image_size, grayscale, None
         sample = env.observation_space.sample()
-        self.pictures = [is_picture(space) for space, _ in parts(env.observation_space, sample)]
+        found = [*parts(env.observation_space, sample)]
+        self.pictures = [is_picture(space) for _, space, _ in found]
         self.notices = [  # what may not be as the user intended
             f"{space} is taken for {'a picture' if picture else 'numbers, not for a picture'}"
-            for (space, _), picture in zip(parts(env.observation_space, sample), self.pictures)
+            for (_, space, _), picture in zip(found, self.pictures)
             if len(space.shape or ()) > 1 and not (picture and space.dtype == np.uint8)]
+        self.names = tuple(f"{name or 'number'} {number + 1}" for (name, space, _), picture
+                           in zip(found, self.pictures) if not picture
+                           for number in range(spaces.flatdim(space)))
         self.shapes = {key: part.shape for key, part in self.observation(sample).items()}
         if not self.shapes:
             raise EnvError(f"observation space {env.observation_space} is not supported: it has "
@@ -101,8 +103,8 @@ class ImageAndVector(gym.Wrapper):
     def observation(self, observation) -> dict[str, np.ndarray]:
         """{"image": (image_size, image_size, C) uint8, "vector": (V,) float32}, or one of them."""
         result = {"image": [], "vector": []}
-        for (space, part), picture in zip(parts(self.env.observation_space, observation),
-                                          self.pictures):
+        found = parts(self.env.observation_space, observation)
+        for (_, space, part), picture in zip(found, self.pictures):
             if picture:
                 result["image"].append(self.to_image(space, np.asarray(part)))
             elif isinstance(space, spaces.Box) or space.contains(part):
@@ -138,16 +140,16 @@ class ImageAndVector(gym.Wrapper):
                                     interpolation=cv2.INTER_AREA) for plane in planes], -1)
 
 
-def parts(space: spaces.Space, value):
-    """(space, value) of every part of nested Dicts and Tuples except text, in order."""
+def parts(space: spaces.Space, value, name: str = ""):
+    """(name, space, value) of every part of nested Dicts and Tuples except text, in order."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
         is_dict = isinstance(space, spaces.Dict)
         for key, part in space.spaces.items() if is_dict else enumerate(space.spaces):
-            yield from parts(part, value[key])
+            yield from parts(part, value[key], f"{name} {key}".strip())
     elif isinstance(value, str):
         return  # text, also of a space of the environment's own
     elif space.is_np_flattenable:
-        yield space, value
+        yield name, space, value
     else:
         raise EnvError(f"observation space {space} is not supported: use Box, Discrete, "
                        "MultiBinary, MultiDiscrete, or Dict and Tuple of these")

@@ -5,7 +5,8 @@ environment's action and starts its next episode: this is Gymnasium's `Autoreset
 The scripts' docstrings draw it ("Time alignment").
 
 Every environment has a process of its own, even a single one. So it cannot touch the agent's random
-numbers, threads or working directory, and its crash does not end the run unsaved."""
+numbers, threads or working directory, and its crash does not end the run unsaved.
+"""
 
 import multiprocessing
 import os
@@ -64,8 +65,9 @@ class Envs:
                 self.vector = AsyncVectorEnv(makers, context=METHOD)
             finally:
                 sys.modules["__main__"] = main
-            self.notices = self.vector.get_attr("notices")[0]
-        self.spec = env_spec(self.vector.single_observation_space, self.vector.single_action_space)
+            self.notices, names = (self.vector.get_attr(key)[0] for key in ("notices", "names"))
+        self.spec = env_spec(self.vector.single_observation_space, self.vector.single_action_space,
+                             names)
 
     def reset(self) -> EnvStep:
         with self._explained():
@@ -111,6 +113,7 @@ class Envs:
         except Exception as error:  # Gymnasium has printed the traceback of the process
             died = isinstance(error, EOFError | BrokenPipeError | ConnectionResetError)
             text = "its process died" if died else f"{type(error).__name__}: {error}"
+            text += "; set TMPDIR to a shorter path" * ("AF_UNIX" in text)
             raise EnvError(f"{self.config.env_id} failed: {text}") from error
 
 
@@ -118,8 +121,11 @@ def make_here(config: EnvConfig, registered, parent: int, index: int, seed: int)
     """The environment in its process; also in the parent, where Gymnasium only reads the spaces."""
     if os.getpid() == parent:
         import torch  # not in the processes; the random numbers here are the agent's
+        folder = os.getcwd()
         with torch.random.fork_rng([]):
-            return make_env(replace(config, films=""))
+            env = make_env(replace(config, films=""))
+        os.chdir(folder)
+        return env
     if hasattr(os, "setsid"):  # Ctrl-C, and what `timeout` sends, is the parent's to handle
         os.setsid()
     threading.Thread(target=leave_with_parent, daemon=True).start()

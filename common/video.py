@@ -49,19 +49,20 @@ def panels(videos: dict[str, np.ndarray], context: int) -> list[np.ndarray]:
     return found
 
 
-def draw(series: dict[str, np.ndarray], context: int, every: int = 1) -> tuple[np.ndarray, ...]:
+def draw(series: dict[str, np.ndarray], context: int, names=(), every: int = 1) -> tuple:
     """Titled videos side by side (T, H', W', 3), and rows of every-th frames; vectors: a plot."""
     if any(one.ndim == 2 for one in series.values()):
-        return plot(series, context)[None], plot(series, context)
+        page = plot(series, context, names)
+        return page[None], page
     videos = panels(series, context)
     rows = [np.concatenate(video[::every], axis=1) for video in videos]
     return np.concatenate(videos, axis=2), np.concatenate(rows)
 
 
-def plot(series: dict[str, np.ndarray], context: int) -> np.ndarray:
+def plot(series: dict[str, np.ndarray], context: int, names=()) -> np.ndarray:
     """Draw the first, the truth, and the last of titled vector series (T, V): (H', W', 3).
 
-    Each of the first 8 numbers has a lane, which is as high as the truth.
+    Each of the first 8 numbers has a lane, which is as high as the truth; `names` are theirs.
     """
     (title, truth), *_, (other, model) = ((k, x.astype(np.float64)) for k, x in series.items())
     lanes = min(truth.shape[1], LANES)
@@ -77,7 +78,8 @@ def plot(series: dict[str, np.ndarray], context: int) -> np.ndarray:
     for lane, top in enumerate(range(30, bottom, HIGH)):
         low, high = truth[:, lane].min(), truth[:, lane].max()
         cv2.line(page, (LEFT, top + HIGH), (LEFT + WIDE, top + HIGH), OTHER, 1)
-        for text, left, y in ((f"number {lane + 1}", 6, HIGH // 2), (f"{high:.3g}", LEFT - 70, 14),
+        name = names[lane] if names else f"number {lane + 1}"
+        for text, left, y in ((name, 6, HIGH // 2), (f"{high:.3g}", LEFT - 70, 14),
                               (f"{low:.3g}", LEFT - 70, HIGH - 6)):
             write(page, text, left, top + y)
         for values, colour in ((truth, TRUTH), (model, IMAGINED)):

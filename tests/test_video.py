@@ -46,7 +46,7 @@ def test_pictures_are_enlarged_to_about_200_pixels(size, shown):
 
 
 def test_strip():
-    picture = video.draw({"truth": moving_square(), "dream": moving_square(C=1)}, 3, 2)[1]
+    picture = video.draw({"truth": moving_square(), "dream": moving_square(C=1)}, 3, every=2)[1]
     rows = np.split(picture, 2)  # frames 0, 2, 4 of each
     tiles = [np.split(row, 3, axis=1) for row in rows]
     assert [tile[-1, 0].tolist() for tile in tiles[0]] == 3 * [[*video.OTHER]]
@@ -69,9 +69,10 @@ def drawn(picture: np.ndarray, colour, area=np.s_[30:-30]) -> np.ndarray:
 def test_a_plot_of_vectors_shows_the_truth_and_the_dream():
     """Each number fills its lane; the dream lies on the truth where they agree."""
     same = video.draw({"truth": waves(), "dream": waves()}, 5)[0]
-    other = video.draw({"truth": waves(), "dream": waves()[::-1]}, 5, 1)[1]
+    other = video.draw({"truth": waves(), "dream": waves()[::-1]}, 5)[1]
     assert same.dtype == np.uint8 and same.shape == (1, *other.shape)
-    assert (same[0] != video.draw({"truth": waves(), "dream": waves()}, 9, 1)[1]).any()
+    assert (same[0] != video.draw({"truth": waves(), "dream": waves()}, 9)[1]).any()
+    assert (same[0] != video.draw({"truth": waves(), "dream": waves()}, 5, ["x", "y", "z"])[1]).any()
     hidden, seen = drawn(same[0], video.TRUTH).sum(), drawn(other, video.TRUTH).sum()
     assert seen > 500 > 4 * hidden
     for lane in np.array_split(drawn(other, video.IMAGINED), 3):
