@@ -28,16 +28,13 @@ class Options:
 
     run_dir: tyro.conf.Positional[Path]
     """A run directory with its replay."""
-    rows: int = 4000
-    """The latest rows of the first environment."""
+    rows: int = 4000  # The latest rows of the first environment
     length: int = 48
     """Rows of a window. The model sees all of it up to the state that it is asked about."""
     warmup: int = 10
     """Rows at the start of a window that are not asked about: the state is still vague."""
-    horizon: int = 15
-    """Steps ahead."""
-    threads: int = 1
-    """CPU threads."""
+    horizon: int = 15  # Steps ahead
+    threads: int = 1  # CPU threads
 
 
 @torch.no_grad()

@@ -62,18 +62,12 @@ GAME = "MsPacmanNoFrameskip-v4"
 class Options:
     """What to measure."""
 
-    script: Literal[("", *SIZES)] = ""
-    """Empty: all of them, V3 first."""
-    minutes: float = 8.0
-    """After which what has not been done is left out."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """cpu: tiny networks, to see that this file works."""
-    peer: str = ""
-    """Python of sheeprl's virtual environment."""
-    results: str = str(HERE / "results" / "gpu")
-    """Folder of the record."""
-    only: tuple[str, ...] = ()
-    """Names of steps, or how they begin; none: all."""
+    script: Literal[("", *SIZES)] = ""  # Empty: all of them, V3 first
+    minutes: float = 8.0  # After which what has not been done is left out
+    device: Literal["cuda", "cpu"] = "cuda"  # cpu: tiny networks, to see that this file works
+    peer: str = ""  # Python of sheeprl's virtual environment
+    results: str = str(HERE / "results" / "gpu")  # Folder of the record
+    only: tuple[str, ...] = ()  # Names of steps, or how they begin; none: all
 
 
 # ---------------------------------------------------------------------------- steps, each a process

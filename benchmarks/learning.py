@@ -107,28 +107,18 @@ PATIENCE = 900  # seconds for a run that was told to stop: an update, and all of
 class Options:
     """What to run."""
 
-    scripts: tuple[Literal[tuple(COMMANDS)], ...] = tuple(COMMANDS)
-    """Which agents."""
-    tasks: tuple[Literal[tuple(CHOICES)], ...] = ("laptop",)
-    """Which tasks, or sets of them."""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """One run each."""
-    parallel: int = 1
-    """Runs at the same time; on the small tasks each has one thread."""
+    scripts: tuple[Literal[tuple(COMMANDS)], ...] = tuple(COMMANDS)  # Which agents
+    tasks: tuple[Literal[tuple(CHOICES)], ...] = ("laptop",)  # Which tasks, or sets of them
+    seeds: tuple[int, ...] = (1, 2, 3)  # One run each
+    parallel: int = 1  # Runs at the same time; on the small tasks each has one thread
     threads: int | None = None
     """Instead of the command's, for a run that has the machine to itself; kept with the result."""
-    limit: float = 60.0
-    """Minutes after which a run is stopped and evaluated as it is."""
-    episodes: int = 20
-    """Episodes of the evaluation."""
-    runs_dir: str = "runs/learning"
-    """Where run directories and the output of each run go."""
-    keep: bool = False
-    """Also leave out what older code or other flags have a result for."""
-    note: str = ""
-    """Kept with the results, e.g. "busy machine"."""
-    table: bool = False
-    """Only print the tables of the results that are there."""
+    limit: float = 60.0  # Minutes after which a run is stopped and evaluated as it is
+    episodes: int = 20  # Episodes of the evaluation
+    runs_dir: str = "runs/learning"  # Where run directories and the output of each run go
+    keep: bool = False  # Also leave out what older code or other flags have a result for
+    note: str = ""  # Kept with the results, e.g. "busy machine"
+    table: bool = False  # Only print the tables of the results that are there
     write: bool = False
     """With --table: between the marks of each set, in README.md or results/README.md."""
 

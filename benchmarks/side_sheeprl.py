@@ -9,8 +9,7 @@ Where the two can be compared in two ways, this file takes the one that favours 
 conversion of the batch to float32 is not timed, ours is a part of the update and is. Its process
 allocates memory as the C library does by default, because its users get that; ours allocates as a
 run of ours does. On a GPU its float32 is TF32, because its configuration says so, and ours is not:
-bfloat16 compares like with like there. Another algorithm of sheeprl is one more subclass with its
-`exp`, and one more entry of SIDES.
+bfloat16 compares like with like there.
 """
 
 import importlib
@@ -32,13 +31,17 @@ class Sheeprl(Side):
 
     exp: str
     layers = {"mlp_layers": "layers"}  # their name: ours
+    names = {"world_model.encoder.cnn_channels_multiplier": "depth",
+             "world_model.transition_model.hidden_size": "hidden",
+             "world_model.representation_model.hidden_size": "hidden"}
+    overrides = ()
 
     def __init__(self, setting: dict):
         super().__init__(setting)
-        package = f"sheeprl.algos.{setting['script']}"
+        name = setting["script"].replace("_2025", "_5")  # their name of the revision
         self.algorithm, self.agent, self.utils = (
-            importlib.import_module(f"{package}.{name}")
-            for name in (setting["script"], "agent", "utils"))
+            importlib.import_module(f"sheeprl.algos.{name}.{part}")
+            for part in (name, "agent", "utils"))
         self.cfg = self.configuration()
         torch.set_float32_matmul_precision(self.cfg.float32_matmul_precision)
         Distribution.set_default_validate_args(self.cfg.distribution.validate_args)
@@ -56,10 +59,8 @@ class Sheeprl(Side):
         setting, sizes = self.setting, self.setting["sizes"]
         names = {"dense_units": "units", "world_model.stochastic_size": "stoch",
                  "world_model.discrete_size": "classes",
-                 "world_model.encoder.cnn_channels_multiplier": "depth",
                  "world_model.recurrent_model.recurrent_state_size": "deter",
-                 "world_model.transition_model.hidden_size": "hidden",
-                 "world_model.representation_model.hidden_size": "hidden"} | self.layers
+                 } | self.names | self.layers
         overrides = [f"algo.{theirs}={sizes[ours]}" for theirs, ours in names.items()
                      if ours in sizes]
         if setting["pcont"] is not None:
@@ -67,12 +68,12 @@ class Sheeprl(Side):
         with hydra.initialize_config_module("sheeprl.configs", version_base="1.3"):
             config = hydra.compose("config", [
                 f"exp={self.exp}", f"algo.horizon={setting['horizon']}",
-                f"algo.compile.enabled={setting['compile']}", *overrides])
+                f"algo.compile.enabled={setting['compile']}", *overrides, *self.overrides])
         return dotdict(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
 
     def build(self) -> None:
         """Networks and optimisers."""
-        setting, algo = self.setting, self.cfg.algo
+        setting = self.setting
         box = gym.spaces.Box(0, 255, (setting["channels"], 64, 64), "uint8")
         self.actions_dim = (setting["actions"],)  # of continuous actions, too
         self.world_model, self.actor, self.critic, *target, _ = self.agent.build_agent(
@@ -80,10 +81,14 @@ class Sheeprl(Side):
             gym.spaces.Dict(rgb=box))
         self.target_critic = target[0] if target else None
         self.parts = (self.world_model, self.actor, self.critic)
-        configs = (algo.world_model.optimizer, algo.actor.optimizer, algo.critic.optimizer)
-        self.optimizers = self.fabric.setup_optimizers(*(
-            self.build_optimizer(config, part.parameters())
-            for config, part in zip(configs, self.parts)))
+        self.optimizers = self.make_optimizers()
+
+    def make_optimizers(self) -> tuple:
+        """One for each part."""
+        algo = self.cfg.algo
+        return self.fabric.setup_optimizers(*(
+            self.build_optimizer(config.optimizer, part.parameters())
+            for config, part in zip((algo.world_model, algo.actor, algo.critic), self.parts)))
 
     def build_optimizer(self, config: dict, params) -> torch.optim.Optimizer:
         """The optimiser as its main loop makes it."""
@@ -164,7 +169,30 @@ class SheeprlV3(Sheeprl):
         self.train(self.target_critic, more=more)
 
 
-SIDES = {"dreamer_v1": SheeprlV1, "dreamer_v2": SheeprlV2, "dreamer_v3": SheeprlV3}
+class SheeprlRevision(SheeprlV3):
+    """The revision of DreamerV3; a window starts from zeros, as ours does here."""
+
+    exp, overrides = "dreamer_v3_5_100k_ms_pacman", ("algo.replay_context=0",)
+    layers = {"actor.mlp_layers": "layers", "critic.mlp_layers": "layers"}
+    names = {"cnn_channels_multiplier": "depth",
+             "world_model.recurrent_model.hidden_size": "hidden"}
+
+    def make_optimizers(self) -> tuple:
+        """One for everything."""
+        params = [param for part in self.parts for param in part.parameters()]
+        return (self.fabric.setup_optimizers(self.build_optimizer(self.cfg.algo.optimizer, params)),)
+
+    def agent_step(self) -> None:
+        """One update as in its main loop: `train`, then the target critic."""
+        self.algorithm.train(self.fabric, self.cfg, *self.parts, self.target_critic,
+                             *self.optimizers, self.moments, dict(self.data), self.aggregator,
+                             self.actions_dim)
+        self.algorithm.update_target_critic(self.critic, self.target_critic,
+                                            self.cfg.algo.critic.tau)
+
+
+SIDES = {"dreamer_v1": SheeprlV1, "dreamer_v2": SheeprlV2, "dreamer_v3": SheeprlV3,
+         "dreamer_v3_2025": SheeprlRevision}
 
 if __name__ == "__main__":
     serve(SIDES[json.loads(sys.argv[1])["script"]])

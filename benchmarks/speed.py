@@ -47,28 +47,19 @@ class Options:
     """Which agent."""
     size: str = ""
     """--size of the script (empty: its default), or "tiny": deter 64, 8 latents, layers of 64."""
-    vector: int = 0
-    """Observe a vector of so many numbers in place of images; not with --peer."""
-    peer: str = ""
-    """Also measure sheeprl: the Python of its virtual environment."""
-    old: str = ""
-    """Also measure the script of another checkout: its folder."""
+    vector: int = 0  # Observe a vector of so many numbers in place of images; not with --peer
+    peer: str = ""  # Also measure sheeprl: the Python of its virtual environment
+    old: str = ""  # Also measure the script of another checkout: its folder
     amp: Literal["auto", "on", "off", "both"] = "auto"
     """bfloat16; auto: both where the processor multiplies it natively, otherwise off."""
-    compile: bool = False
-    """torch.compile on our sides; the first update shows how long it takes."""
-    cuda_graph: bool = False
-    """On our sides each update is one CUDA graph."""
-    threads: int = 0
-    """CPU threads of torch (0: its own choice)."""
-    rounds: int = 7
-    """Timed updates of each side, after three or more that are not timed."""
-    note: str = ""
-    """Kept with the result, e.g. "busy machine"."""
+    compile: bool = False  # torch.compile on our sides; the first update shows how long it takes
+    cuda_graph: bool = False  # On our sides each update is one CUDA graph
+    threads: int = 0  # CPU threads of torch (0: its own choice)
+    rounds: int = 7  # Timed updates of each side, after three or more that are not timed
+    note: str = ""  # Kept with the result, e.g. "busy machine"
     results: str = str(HERE / "results" / "speed")
     """Folder of the record; a new record replaces the one of the same setting."""
-    table: bool = False
-    """Print the table of all records, as Markdown, and measure nothing."""
+    table: bool = False  # Print the table of all records, as Markdown, and measure nothing
     write: bool = False
     """With --table: all of it into results/speed/table.md, the main rows into README.md."""
 
