@@ -24,8 +24,8 @@ same time from trajectories that they imagine in that model. One update (`Agent.
 
 One step of the RSSM. Training and acting take the posterior, imagination takes the prior:
 
-    h_{t-1} --+-> deter_in --.    (block by block)
-              `--------------|-------.
+    h_{t-1} --+-> deter_in --.
+              `--------------|-------.    (block by block)
     z_{t-1} ----> stoch_in --+       v
     a_{t-1} ----> action_in -+--> [ GRU ] ------> h_t --+--> img_out --> prior     p(z_t | h_t)
                                                         v
@@ -44,17 +44,18 @@ Time alignment. A row of the replay buffer holds what is known when the action i
     replay      (h,z)_{t-1}, a_{t-1} -> h_t;   h_t -> prior p(z_t|h_t);   h_t, x_t -> posterior
                 where is_first: (h,z)_{t-1} := 0, a_{t-1} := 0
                 a window: t=-1, the context row, gives its stored h, z and a; no loss
-                world-model loss: [t=0 ... t=T-1], every other row
+                world-model loss: [t=0 ... t=T-1], every row but the context row
     imagine     s_0 = a posterior state;   a_t ~ actor(s_t), s_{t+1} ~ prior       t = 0 ... H-1
                 critic    [v_0 ... v_{H-1}]   v_H only bootstraps: R_H = v_H
                 rewards   r_1 ... r_H  and  c_0 ... c_H, in which gamma is, from the states
                 actor     [a_0 ... a_{H-1}]   each judged by R_t, the return of its own state
                 weights   w_t = c_0 c_1 ... c_t
                 target    R_t = r_{t+1} + c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})
-    replay      critic    [v_0 ... v_{T-2}]   not where an episode is cut off; R^imag_t: R_0 above
-                target    R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) R^imag_{t+1} + lambda R_{t+1})
-    windows     | 0 ... T | T+1 ... 2T+1 | ...   rows of an environment; each such window is used
-                once, when it is complete, and in order; the rest of a batch starts anywhere
+    replay      critic    [v_0 ... v_{T-2}]   no loss at the end of an episode; R^imag_t: R_0 above
+                target    R_t = r_{t+1} + gamma (1 - is_terminal_{t+1})
+                                ((1 - lambda) R^imag_{t+1} + lambda R_{t+1})
+    windows     | 0 ... T | T+1 ... 2T+1 | ...   rows of an environment; each is used as soon as it
+                is complete, once and in order [R-16]; the rest of a batch starts anywhere
 
 Symbols (paper -> code), and the sizes that the shape comments name, time-major
     x_t  image, vector    h_t  deter    z_t  stoch    s_t  feat = [deter, stoch]
@@ -69,23 +70,22 @@ Symbols (paper -> code), and the sizes that the shape comments name, time-major
     M  two-hot buckets, 255     V  vector observation     I, I, C  image, 64 64 3
     Equations have the numbers of version 1 of the paper ("Eq. 7"), as in dreamer_v3.py.
 
-What changed since DreamerV3 of 2023 (each tag stands where the change happens), and what it is good
-for. We had the authors' code but not the text of the revised paper at hand: "paper" below means as
-far as we recall it.
-    [R-1]   recurrence: h, z and a are embedded first; the GRU's units form 8 blocks. Eight times
-            the units of a dense GRU for the same products, so more memory.
+What changed since DreamerV3 of 2023 (each tag stands where it happens), and what it is good for. We
+had the authors' code at hand; "paper" below is what we recall of the revision's text.
+    [R-1]   recurrence: h, z and a are embedded first; the GRU's units form 8 blocks. A
+            dense GRU of as many units would take three times the products.
     [R-2]   RMSNorm for LayerNorm, with biases before it: one pass less over the numbers.
     [R-3]   image: convolutions of 5x5, then the maximum of 2x2 pixels, or the reverse. Strided ones
             treat pixels unlike their neighbours. The paper has strided ones; the code has a switch.
     [R-4]   decoder: h (by blocks) and z have paths of their own; a sigmoid keeps pixels in range.
     [R-5]   two-hot buckets are the numbers themselves, symexp(-20 ... 20), and the mean is taken
-            there. A mean in symlog space is too low where returns are random.
+            there. A mean in symlog space is too close to 0 where returns are random.
     [R-6]   sequences begin with a zero state (2023: learned).
     [R-7]   dynamics loss with scale 1 (2023: 0.5).
     [R-8]   the continue head's target has gamma in it again (as in V2), imagination takes its
             probability, also at the start (2023: likelier value; recorded at the start).
     [R-9]   REINFORCE for continuous actions, too: one estimator, and no gradient in imagination.
-    [R-10]  actor: outputs start small, so it starts close to uniform. No uniform share in the
+    [R-10]  actor: outputs start small, so choices start close to uniform. No uniform share in the
             discrete policy: the paper has 1%, and so has the code's config, but nothing reads it.
     [R-11]  the critic also learns along the replay, from real rewards, and this gradient reaches
             the world model: latents keep what values need, even if pictures do not show it.
@@ -94,22 +94,23 @@ far as we recall it.
     [R-14]  LaProp, gradients clipped to 0.3 of each tensor's norm, 1000 updates of warm-up: no
             clip to tune for each loss, no overshooting. Paper: beta2 0.99, code 0.999.
     [R-15]  replay rows hold latents; a window starts from those of the row before it; fresh ones
-            are written back. 2023: windows start blind, with zeros, in the middle of an episode.
+            are written back. 2023: windows start blind, in the middle of an episode.
     [R-16]  the newest windows are replayed first, each once: nothing waits for its first use.
-    [R-17]  the untrained policy acts first (2023: random actions); it is close to uniform.
+    [R-17]  the untrained policy acts first (2023: uniformly random actions).
     [R-18]  sizes by one width. Paper and code take 200M for Atari 100k; our default, 12M, is for
             one machine. Replay ratio 256 is the code's (paper: 128). DeepMind Control: action
             repeat 2 and ratio 512 are the paper's (code: 1; 1024 for vectors, 256 for images).
     [R-19]  initialisers: truncated normal, variance 1 / fan in (2023: mean of both fans, uniform).
-From 2023 on: 1% uniform mixture, free bits, symlog, percentile scale. Tags [V1-n], [V2-n], [V3-n]
-are explained in the script of that version.
+Kept from 2023: 1% uniform mixture of latents, free bits, symlog, percentile scale. The tags [V1-n],
+[V2-n] and [V3-n] are explained in the script of that version.
 
 Deviation (from the authors' code, danijar/dreamerv3 e3f0224 of May 2026)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
     * bfloat16 is the default where the hardware supports it, from 256 --units on; theirs computes
       all in it. State and acting stay in float32; stored h in float16, finer than theirs.
     * Latents are written back after the update (theirs: one update later), and the weights that act
-      are the newest (theirs: one step old).
+      are the newest (theirs: one step old). On a GPU the next batch is drawn during an update: its
+      latents are one update old, and if a resume draws it anew, its new windows were its only use.
     * Several vectors are one to us, so their output layers are clipped as one. Where pixels of a
       maximum tie, one gets the gradient (theirs: shared). Integers stay as V3 takes them (theirs:
       one-hot).
@@ -152,23 +153,17 @@ SCRIPT = Path(__file__).stem
 TASKS = {  # what differs for a benchmark
     "atari": dict(action_repeat=4), "control": dict(action_repeat=2, train_ratio=512.0)}
 DEPTHS = 2, 3, 4, 4  # channels of the stages of encoder and decoder, times --depth [R-3]
-SIZES = {  # of the authors' code, by one width [R-18]; XXS is ours
-    "XXS": dict(
-        deter=256, hidden=64, depth=8, units=128, stoch=16, bins=63, batch_length=16,
-        train_ratio=64.0, lr=4e-4, warmup=200, gamma=0.99, beta_pred=5.0, actor_entropy=3e-3),
-    "1M": dict(deter=512, hidden=64, depth=4, units=64, classes=4),
-    "12M": {},
-    "25M": dict(deter=3072, hidden=384, depth=24, units=384, classes=24),
-    "50M": dict(deter=4096, hidden=512, depth=32, units=512, classes=32),
-    "100M": dict(deter=6144, hidden=768, depth=48, units=768, classes=48),
-    "200M": dict(deter=8192, hidden=1024, depth=64, units=1024, classes=64),
-    "400M": dict(deter=12288, hidden=1536, depth=96, units=1536, classes=96),
-}
+SIZES = {  # of the authors' code, by one width d [R-18]; XXS is ours
+    name: dict(deter=128 * d, hidden=16 * d, units=16 * d, depth=d, classes=d) for name, d in {
+        "1M": 4, "12M": 16, "25M": 24, "50M": 32, "100M": 48, "200M": 64, "400M": 96}.items()
+} | {"XXS": dict(deter=256, hidden=64, depth=8, units=128, stoch=16, bins=63, batch_length=16,
+                 train_ratio=64.0, lr=4e-4, warmup=200, gamma=0.99, beta_pred=5.0,
+                 actor_entropy=3e-3)}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of the algorithm; a resume keeps all but the rates and the length."""
+    """Every setting of the algorithm; a resume keeps all but rate and length."""
 
     env_id: str = "MsPacmanNoFrameskip-v4"  # Any Gymnasium id; `module:Id-v0` imports your own
     total_timesteps: int = 110_000  # Decisions of the agent; frames = these x action repeat
@@ -234,12 +229,9 @@ class Args(RunArgs, Settings):
 
     def __init__(self, **flags):
         """Defaults; over them what TASKS has for `env_id`, what SIZES has for `size`, and `flags`.
-
-        Raises `UserError`, one line, for a value that cannot work.
-        """
+        Raises `UserError`, one line, for a value that cannot work."""
         self.fill(TASKS, SIZES, flags)
-        self.check(may_be_zero={
-            "learning_starts", "pretrain", "replay_context", "warmup"}, shares={
+        self.check(may_be_zero={"learning_starts", "pretrain", "replay_context", "warmup"}, shares={
             "sticky", "unimix", "actor_unimix", "gamma", "return_lambda", "critic_ema_decay",
             "return_norm_decay", "beta1", "beta2"})
         if not self.return_norm_low <= self.return_norm_high <= 100:
@@ -329,23 +321,22 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int, length: int, rng: np.random.Generator) -> Batch:
         """Draw windows as a time-major `Batch` on the CPU: the newest, then uniformly. [R-16]"""
-        env = rng.integers(self.rings.num_envs, size=batch_size)
+        files, env = self.rings.files, rng.integers(self.rings.num_envs, size=batch_size)
         start = self.rings.oldest + rng.integers(self.windows(length), size=batch_size)
         if rng is self.rng:  # only updates use up what is new, a video does not
             new_env, new_start = self.newest(batch_size, length + self.context)
             env[:len(new_env)], start[:len(new_start)] = new_env, new_start
-        start += self.context
-        slots = (start + np.arange(-self.context, length)[:, None]) % self.rings.capacity
-        rows = {name: self.rings.files[name][env, slots] for name in self.parts}
+        first = start + self.context
+        slots = (first + np.arange(-self.context, length)[:, None]) % self.rings.capacity
+        rows = {name: files[name][env, slots] for name in self.parts}
         if not self.context:
             rows["is_first"][0] = True  # the state before a window is unknown: start it afresh
             return to_batch(rows)
-        latest = self.rings.files["stamp"][env, slots[:1]].argmax(-1)
-        deter, stoch = (torch.from_numpy(self.rings.files[name][env, slots[:1], latest]).float()
-                        for name in ("deter", "stoch"))
-        batch = to_batch({name: array[1:] for name, array in rows.items()})
-        return batch._replace(deter=deter, stoch=stoch, place=torch.from_numpy(
-            np.stack([env, start])), prev_action=torch.from_numpy(rows["action"][:1]))
+        latest = files["stamp"][env, slots[:1]].argmax(-1)
+        latents = {name: files[name][env, slots[:1], latest].astype(np.float32)
+                   for name in ("deter", "stoch")}
+        return to_batch({name: array[1:] for name, array in rows.items()} | latents | {
+            "prev_action": rows["action"][:1], "place": np.stack([env, first])})
 
     def newest(self, batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Environments and first rows of up to `batch_size` windows that are due for the first
@@ -368,6 +359,7 @@ class ReplayBuffer:
         whole = rows >= self.rings.oldest  # a row that is gone by now belongs to another time
         at = np.broadcast_to(env, rows.shape)[whole], rows[whole] % self.rings.capacity
         stamps = files["stamp"][at]
+        # Over the copy that is newer than the last checkpoint, else over the older one.
         side = np.where(stamps.max(-1) > self.kept, stamps.argmax(-1), 1 - stamps.argmax(-1))
         self.refreshed += 1
         files["deter"][*at, side] = deter.cpu().numpy()[whole]
@@ -554,11 +546,8 @@ class TwoHot:
         return ((probs[..., half + 1:] - probs[..., :half].flip(-1)) * self.positive).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """sum_i twohot(value)_i ln p_i (...), without symlog. [R-5]
-
-        The weight is split between the two neighbouring buckets, more for the nearer one; a value
-        out of range puts all of it on the end bucket. Both weights sum to 1, so the normaliser of
-        ln p_i = logits_i - normaliser is subtracted once.
+        """sum_i twohot(value)_i ln p_i (...), without symlog [R-5]: the two buckets around a value
+        share a weight of 1, so the normaliser of ln p_i = logits_i - normaliser is subtracted once.
         """
         last = len(self.buckets) - 1
         target = value.clamp(self.buckets[0], self.buckets[last])
@@ -575,11 +564,7 @@ class TwoHot:
 
 
 def within_unit(action: Tensor) -> Tensor:
-    """a / max(1, |a|): the value of clipping to [-1, 1], with gradient 1 / max(1, |a|). [V3-15]
-
-    From the authors' code: the environment clips actions, the replay holds them as drawn, so the
-    model must clip, too. A plain clip has no gradient outside of the bounds to bring them back.
-    """
+    """a / max(1, |a|): clipped as in the environment; the replay holds what was drawn. [V3-15]"""
     return action / action.detach().abs().clamp(min=1)
 
 
@@ -594,13 +579,10 @@ def init_weights(layer: nn.Module, fan_in: int, scale: float = 1.0) -> None:
 class Norm(nn.RMSNorm):
     """RMSNorm over the last dimension, in float32; the result has the type of the input. [R-2]"""
 
-    def __init__(self, width: int):
-        super().__init__(width, eps=1e-4)
-
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> x / sqrt(mean(x^2) + eps) * weight, of the same shape and type."""
+        """(..., width) -> x / sqrt(mean(x^2) + 1e-4) * weight, of the same shape and type."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (length.square() / x.shape[-1] + self.eps).rsqrt()
+        scale = (length.square() / x.shape[-1] + 1e-4).rsqrt()
         return (x * scale * self.weight).to(x.dtype)
 
 
@@ -809,10 +791,11 @@ class Decoder(nn.Module):
     def image(self, feat: Tensor) -> Tensor:
         """(T, B, F) -> mean image (T, B, I, I, C), in float32; the targets lie in [-0.5, 0.5]."""
         deter, stoch = feat.flatten(0, -2).split(self.sizes, -1)
-        shape = self.start, self.start, len(self.deter_in.weight), -1
-        by_deter = self.deter_in(deter).unflatten(-1, (shape[2], *shape[:2], -1))  # by blocks
-        grid = by_deter.permute(0, 2, 3, 1, 4) + self.stoch_in(stoch).unflatten(-1, shape)
-        pixels = self.cnn(F.silu(self.norm(grid.flatten(-2))).permute(0, 3, 1, 2))
+        blocks, size = len(self.deter_in.weight), self.start
+        by_deter = self.deter_in(deter).unflatten(-1, (blocks, size, size, -1))
+        by_deter = by_deter.permute(0, 2, 3, 1, 4).flatten(-2)  # the channels, block by block
+        grid = by_deter + self.stoch_in(stoch).unflatten(-1, (size, size, -1))
+        pixels = self.cnn(F.silu(self.norm(grid)).permute(0, 3, 1, 2))
         pixels = pixels.permute(0, 2, 3, 1).float().sigmoid() - 0.5  # [R-4]
         return pixels.reshape(*feat.shape[:-1], *pixels.shape[1:])
 
@@ -845,7 +828,7 @@ class BlockGRUCell(nn.Module):
         self.gates = BlockLinear(units, 3 * units, blocks)
 
     def forward(self, x: Tensor, action_in: Tensor, deter: Tensor) -> Tensor:
-        """x (..., 2U), W_a a (..., D) and h_{t-1} (..., D) -> h_t (..., D), in float32."""
+        """x (n, 2U), W_a a (n, D) and h_{t-1} (n, D) -> h_t (n, D), in float32."""
         y = F.silu(self.norm(self.hidden(deter, x, action_in)))  # (..., D)
         parts = self.gates(y).float().unflatten(-1, (len(self.gates.weight), 3, -1))
         reset, cand, update = (part.flatten(-2) for part in parts.unbind(-2))
@@ -856,7 +839,7 @@ class BlockGRUCell(nn.Module):
 class RSSM(nn.Module):
     """Recurrent state-space model: the recurrence, the prior and the posterior. Eq. 3
 
-    The authors' names: `img_` is imagination, not image; `obs_` sees the observation, too.
+    Names as in V3: `img_` is imagination, not image; `obs_` sees the observation, too.
     """
 
     def __init__(self, args: Args, action_dim: int, embed_dim: int):
@@ -1092,7 +1075,8 @@ def critic_loss(value_dist: TwoHot, ret: Tensor, slow_value: Tensor, weight: Ten
                 args: Args) -> Tensor:
     """Loss of the critic as a scalar, Eq. 10, and the pull towards its slow copy. [V3-6]
         L = -mean w_t ( ln p(R_t|s_t) + regularizer ln p(v'_t|s_t) )
-    v' is the mean of the slow critic. Only the authors' code has the weights w_t. All are (H, N).
+    v' is the mean of the slow critic. Only the authors' code has the weights w_t. All are (H, N),
+    along the replay (T-1, B).
     """
     log_prob = value_dist.log_prob(ret.detach())  # (...)
     log_prob_slow = value_dist.log_prob(slow_value)  # (...)
@@ -1102,10 +1086,10 @@ def critic_loss(value_dist: TwoHot, ret: Tensor, slow_value: Tensor, weight: Ten
 def replay_critic_loss(value_dist: TwoHot, batch: Batch, imag_ret: Tensor, slow_value: Tensor,
                        args: Args) -> Tensor:
     """Loss of the critic on replayed rewards, as a scalar. [R-11]
-        R_t = r_{t+1} + gamma c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})
-        L   = -mean ( ln p(R_t|s_t) + rho ln p(v'_t|s_t) )     t = 0 ... T-2
-    v_t is the imagined return from s_t. The state where an episode was cut off (a time limit) ends
-    the sum with r_t + gamma v_t; nothing is learned there. All tensors are (T, B).
+        R_t = r_{t+1} + gamma (1 - is_terminal_{t+1}) ((1 - lambda) v_{t+1} + lambda R_{t+1})
+        L   = -mean w_t ( ln p(R_t|s_t) + regularizer ln p(v'_t|s_t) )     t = 0 ... T-2
+    v_t is the imagined return from s_t, and w_t is 0 at the last state of an episode, else 1. After
+    a time limit the sum ends with r_t + gamma v_t. All tensors are (T, B).
     """
     ends = torch.cat([batch.is_first[1:], torch.zeros_like(batch.is_first[:1])])  # (T, B) bool
     discount = args.gamma * (~batch.is_terminal).float()  # (T, B)
@@ -1125,8 +1109,7 @@ class Optimizer:
     def __init__(self, module: nn.Module, args: Args):
         names, self.params = zip(*((re.sub("_[ab]$", "", name), param) for name, param in
                                    module.named_parameters() if param.requires_grad))
-        # The parts of a split weight are one tensor to the authors' code.
-        self.tensor_of = torch.tensor([names.index(name) for name in names],
+        self.tensor_of = torch.tensor([names.index(name) for name in names],  # split parts: one
                                       device=self.params[0].device)
         self.nu, self.mu = ([torch.zeros_like(param) for param in self.params] for _ in range(2))
         self.step = torch.zeros((), device=self.params[0].device)  # a tensor, for a CUDA graph
@@ -1237,10 +1220,10 @@ class Agent(nn.Module):
         losses["replay_critic"] = args.beta_replay * replay_critic_loss(
             replay_value_dist, batch, ret[0].view(starts), slow_value[0].view(starts), args)
 
-        loss = sum(loss.mean() for loss in losses.values())  # [R-13]
-        norm = self.optimizer.apply(self.optimizer.grads(loss))
+        total = sum(loss.mean() for loss in losses.values())  # [R-13]
+        norm = self.optimizer.apply(self.optimizer.grads(total))
         metrics |= {f"loss/{name}": loss for name, loss in losses.items()} | {
-            "loss/all": loss, "grad_norm/all": norm, "imagined/return": ret,
+            "loss/all": total, "grad_norm/all": norm, "imagined/return": ret,
             "imagined/value": value, "imagined/reward": reward}
         metrics = {name: values.detach().mean() for name, values in metrics.items()}
         return metrics, deter.detach(), stoch.detach()

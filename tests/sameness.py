@@ -48,7 +48,7 @@ SAME = {
         Latent.sample Latent.mode Latent.entropy Latent.detach""".split(),
     "35": """
         OneHot Latent RSSM.latent Actor.policy Critic TwoHot.normaliser
-        TwoHot.__getitem__ within_unit ChannelNorm ReturnScale""".split(),
+        TwoHot.__getitem__ ChannelNorm ReturnScale""".split(),
 }
 
 # Functions of one name whose parameters differ, with the reason.
