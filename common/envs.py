@@ -133,8 +133,9 @@ class Frames(gym.Wrapper):
             frame = np.rint(255 * frame).astype(np.uint8)
         if frame.dtype != np.uint8 or frame.ndim not in (2, 3):
             raise ValueError(f"`render` gave {type(given)}, {frame.dtype} {frame.shape}")
-        frame = np.moveaxis(frame, 0, -1) if frame.shape[0] in (1, 3) else frame
-        return to_rgb(np.atleast_3d(frame))
+        frame = np.atleast_3d(frame)
+        is_chw = frame.shape[0] in (1, 3) and frame.shape[2] > 4
+        return to_rgb(np.moveaxis(frame, 0, -1) if is_chw else frame)
 
 
 class Atari(wrappers.AtariPreprocessing):

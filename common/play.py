@@ -133,10 +133,7 @@ class Keyboard:
 
 
 def load(run_dir: Path | str, **flags) -> "Player":
-    """The trained agent of a run directory, to act in a program of your own.
-
-    flags: what shall differ from the run's `Args`, such as eval_greedy=True or cuda=False.
-    """
+    """The trained agent of a run directory; `flags` (cuda=False) differ from the run's `Args`."""
     script, stored = load_args(run_dir)
     module = importlib.import_module(script)
     args = module.Args(**stored | flags)
