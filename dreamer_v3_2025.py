@@ -99,7 +99,8 @@ had the authors' code at hand; "paper" below is what we recall of the revision's
     [R-17]  the untrained policy acts first (2023: uniformly random actions).
     [R-18]  sizes by one width. Paper and code take 200M for Atari 100k; our default, 12M, is for
             one machine. Replay ratio 256 is the code's (paper: 128). DeepMind Control: action
-            repeat 2 and ratio 512 are the paper's (code: 1; 1024 for vectors, 256 for images).
+            repeat 2 and ratio 512 are the paper's (code: 1; 1024 for vectors, 256 for images), size
+            and length our defaults (code: 1M for vectors, 200M for images; 1.1M timesteps).
     [R-19]  initialisers: truncated normal, variance 1 / fan in (2023: mean of both fans, uniform).
 Kept from 2023: 1% uniform mixture of latents, free bits, symlog, percentile scale. The tags [V1-n],
 [V2-n] and [V3-n] are explained in the script of that version.
@@ -107,7 +108,7 @@ Kept from 2023: 1% uniform mixture of latents, free bits, symlog, percentile sca
 Deviation (from the authors' code, danijar/dreamerv3 e3f0224 of May 2026)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
     * bfloat16 is the default where the hardware supports it, from 256 --units on; theirs computes
-      all in it. State and acting stay in float32; stored h in float16, finer than theirs.
+      all in it. State, acting and heads of one number stay in float32; stored h is in float16.
     * Latents are written back after the update (theirs: one update later), and the weights that act
       are the newest (theirs: one step old). On a GPU the next batch is drawn during an update: its
       latents are one update old, and if a resume draws it anew, its new windows were its only use.
