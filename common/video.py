@@ -78,7 +78,7 @@ def plot(series: dict[str, np.ndarray], context: int, names=()) -> np.ndarray:
     for lane, top in enumerate(range(30, bottom, HIGH)):
         low, high = truth[:, lane].min(), truth[:, lane].max()
         cv2.line(page, (LEFT, top + HIGH), (LEFT + WIDE, top + HIGH), OTHER, 1)
-        name = names[lane] if names else f"number {lane + 1}"
+        name = names[lane][-20:] if names else f"number {lane + 1}"
         for text, left, y in ((name, 6, HIGH // 2), (f"{high:.3g}", LEFT - 70, 14),
                               (f"{low:.3g}", LEFT - 70, HIGH - 6)):
             write(page, text, left, top + y)
