@@ -233,6 +233,8 @@ WRONG = {
     "no environment": (["--num-envs", "0"], ["--num-envs is 0", "1"]),
     "negative interval": (["--video-every", "-1"], ["--video-every", "-1"]),
     "sequence of one": (["--batch-length", "1"], ["--batch-length"]),
+    "no JSON": (["--env-kwargs", "{bad"], ["--env-kwargs is JSON", "continuous"]),
+    "no object": (["--env-kwargs", "[1]"], ["--env-kwargs is JSON"]),
     "no run directory": (["--resume", "no where"], ["no where is not a run directory"]),
     "nothing to evaluate": (["--evaluate", "nowhere"], ["nowhere is not a run directory"]),
 }

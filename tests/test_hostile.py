@@ -1,7 +1,10 @@
 """Whole runs, as processes, of environments that misbehave, and of checkpoints from elsewhere."""
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,15 @@ def test_an_environment_that_changes_the_directory(cli, tmp_path, env):
     done = cli(MAIN, "--evaluate", run_in(folder).relative_to(folder), "--eval-episodes", 12,
                "--num-envs", 3, cwd=folder)
     assert done.code == 0 and done.out.count("episode ") == 12, str(done)
+
+
+def test_a_temporary_folder_with_a_long_name(tmp_path):
+    """A socket's path has some 100 characters."""
+    (folder := tmp_path / ("x" * 120)).mkdir()
+    command = [sys.executable, ROOT / f"{MAIN}.py", "--env-id", "CartPole-v1", "--size", "XXS"]
+    done = subprocess.run(command, env=os.environ | {"TMPDIR": str(folder)}, cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 1 and "set TMPDIR to a shorter path" in done.stderr, done.stderr
 
 
 def test_a_script_under_another_name(cli, tmp_path, monkeypatch):
