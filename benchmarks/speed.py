@@ -284,7 +284,7 @@ def table() -> str:
 def brief() -> str:
     """The rows for the README: each script at the authors' setting beside the peer, not compiled.
 
-    Of one script in one precision the latest measurement.
+    The latest measurement, in bfloat16 if it has both.
     """
     found = {}
     for record in records():
@@ -296,8 +296,8 @@ def brief() -> str:
                 seconds = [f"{statistics.median(side['update']):.3g}" for side in (theirs, ours)]
                 memory = " / ".join(f"{side['peak_memory'] / 1e9:.1f}" for side in (theirs, ours))
                 what = f"{options['script']} {options['size']}, {name.partition(' ')[2]}"
-                found[what] = [what, *seconds, share(ours, theirs), memory, place(record),
-                               short(record["commit"])]
+                found[options["script"]] = [what, *seconds, share(ours, theirs), memory,
+                                            place(record), short(record["commit"])]
     head = ["", "sheeprl s/update", "ours s/update", "share", "GB, theirs / ours", "machine",
             "commit"]
     return markdown(head, [found[key] for key in sorted(found)])
