@@ -97,9 +97,9 @@ had the authors' code at hand; "paper" below is what we recall of the revision's
             are written back. 2023: windows start blind, in the middle of an episode.
     [R-16]  the newest windows are replayed first, each once: nothing waits for its first use.
     [R-17]  the untrained policy acts first (2023: uniformly random actions).
-    [R-18]  sizes by one width; our default, 12M, is for one machine (theirs: 200M). Replay ratio 256 is
-            the code's (paper: 128). Control: action repeat 2 and ratio 512 are the paper's (code: 1;
-            1024 for vectors, 256 for images), the length is Atari's (code: 1.1M timesteps).
+    [R-18]  sizes by one width; our default, 12M, is for one machine (theirs: 200M). Replay ratio
+            256 is the code's (paper: 128). Control: action repeat 2 and ratio 512 are the paper's
+            (code: 1; 1024 or, for images, 256), the length is Atari's (code: 1.1M timesteps).
     [R-19]  initialisers: truncated normal, variance 1 / fan in (2023: mean of both fans, uniform).
 Kept from 2023: 1% uniform mixture of latents, free bits, symlog, percentile scale. The tags [V1-n],
 [V2-n] and [V3-n] are explained in the script of that version.
