@@ -42,7 +42,7 @@ class EnvConfig:
     pixels: bool = False  # the rendered picture is the observation (it is anyway on Atari)
     seed: int | None = None  # of every episode: one level, one track
     kwargs: str = "{}"  # arguments of the environment's constructor, as JSON
-    films: str = ""  # folder for films of the episodes, made by Gymnasium's RecordVideo
+    films: str | None = None  # folder for films by Gymnasium's RecordVideo ("": rendered, no film)
     film_all: bool = False  # of every episode, not only of 0, 1, 8, 27, ...
 
 
@@ -92,7 +92,7 @@ def _make(config: EnvConfig) -> gym.Env:
     kwargs, size, kind = json.loads(config.kwargs), config.image_size, benchmark(config.env_id)
     if config.max_episode_steps:
         kwargs["max_episode_steps"] = -1  # ours counts agent steps
-    if config.pixels or config.films:
+    if config.pixels or config.films is not None:
         kwargs["render_mode"] = "rgb_array"
     if kind == "atari":
         import ale_py

@@ -28,7 +28,7 @@ def load_agent(agent_type: type, args, run_dir: Path):
     return agent
 
 
-def play(args, agent, num_envs: int, films: str = ""):
+def play(args, agent, num_envs: int, films: str | None = None):
     seed = args.seed + 10**6  # no training run has used it
     prepare_torch(args, seed)
     config = replace(args.env_config, films=films, film_all=True, seed=args.eval_env_seed)
@@ -50,7 +50,7 @@ def evaluate(args, agent, run_dir: Path) -> list[float]:
     count, num_envs, returns = args.eval_episodes, min(args.num_envs, args.eval_episodes), []
     # Every environment plays its share: to count who finishes first would favour short episodes.
     left = np.array([len(part) for part in np.array_split(range(count), num_envs)])
-    films = str(run_dir / "videos") if args.capture_video else ""
+    films = str(run_dir / "videos") if args.capture_video else None
     for obs, _ in play(args, agent, num_envs, films):
         for env in np.flatnonzero(obs.is_last & (left > 0)):
             left[env] -= 1

@@ -48,7 +48,7 @@ class Run(AbstractContextManager):
             self.lock = lock_run_dir(run_dir)
             save_args(run_dir, script, asdict(args))  # a resume remembers its flags, too
         self.dir = gather(run_dir)[0]
-        self.films = str(self.dir / "videos") if args.capture_video and self.rank == 0 else ""
+        self.films = str(self.dir / "videos") if args.capture_video and not self.rank else None
         self.step = self.before = self.saved["step"] if self.saved else 0
         self.seed = args.seed + 1_000 * self.rank + 1_000_000 * self.step
         prepare_torch(args, args.seed)

@@ -123,7 +123,7 @@ def make_here(config: EnvConfig, registered, parent: int, index: int, seed: int)
         import torch  # not in the processes; the random numbers here are the agent's
         folder = os.getcwd()
         with torch.random.fork_rng([]):
-            env = make_env(replace(config, films=""))
+            env = make_env(replace(config, films=config.films and ""))
         os.chdir(folder)
         return env
     if hasattr(os, "setsid"):  # Ctrl-C, and what `timeout` sends, is the parent's to handle
@@ -133,7 +133,7 @@ def make_here(config: EnvConfig, registered, parent: int, index: int, seed: int)
     np.random.seed(seed)
     if registered and ":" not in config.env_id:  # by the main script, not imported here
         gym.registry.setdefault(registered.id, registered)
-    return make_env(replace(config, films="") if index else config)
+    return make_env(replace(config, films=None) if index else config)
 
 
 def leave_with_parent() -> None:

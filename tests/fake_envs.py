@@ -75,6 +75,13 @@ class RenderEnv(CountingEnv):
                 "float": frame.astype(np.float32) / 255, "chw": frame.transpose(2, 0, 1)}[self.kind]
 
 
+class BlindEnv(CountingEnv):
+    """It cannot be rendered, and knows no `render_mode`."""
+
+    def __init__(self):
+        super().__init__()
+
+
 class MeddlingEnv(CountingEnv):
     """It uses the generators of numpy and of torch, and moves the working directory."""
 
@@ -177,7 +184,7 @@ ENVS = {
     "CountingVector": (CountingEnv, {"parts": "vector"}),
     "CountingTruncated": (CountingEnv, {"terminates": False}),
     "CountingBoxVector": (CountingEnv, {"continuous": True, "parts": "vector"}),
-    "Echo": (EchoEnv, {}), "Meddling": (MeddlingEnv, {}),
+    "Blind": (BlindEnv, {}), "Echo": (EchoEnv, {}), "Meddling": (MeddlingEnv, {}),
     "MeddlingInit": (MeddlingEnv, {"in_init": True}),
 }
 FAULTS = """raise raise_init raise_first_reset sys_exit exit hang hang_init hang_reset nan_reward

@@ -114,6 +114,12 @@ def test_films_of_training(cli, tmp_path, kind):
         assert kind != "Rgb" and not assert_fails(done, "is saved", f"Render{kind}-v0")
 
 
+def test_what_cannot_be_rendered_cannot_be_filmed(cli, tmp_path):
+    done = cli(MAIN, *new_run("Blind", 20, capture_video=True), cwd=tmp_path)
+    assert_fails(done, "cannot make", "Blind-v0", "render_mode")
+    assert not any((tmp_path / "runs").iterdir())
+
+
 # ---- Checkpoints from elsewhere
 
 @pytest.fixture
