@@ -36,10 +36,8 @@ def lock_run_dir(run_dir: Path):
 
 @contextmanager
 def replace_when_done(path: Path):
-    """Yield a file that takes the place of `path` only when it is whole and on the disk.
-
-    Killed at any moment, `path` holds all of the old content or all of the new.
-    """
+    """Yield a file that takes the place of `path` when it is whole and on the disk: a KILL at any
+    moment leaves all of the old content or all of the new."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -128,10 +126,8 @@ class Rings:
 
 def open_array(path: Path, dtype: type | None = None,
                shape: tuple[int, ...] | None = None) -> np.memmap:
-    """Memory-mapped `.npy` file. If there is none, it is made and its disk space reserved.
-
-    Else a disk that fills up later would kill the process (SIGBUS); only Linux can reserve.
-    """
+    """Memory-mapped `.npy` file. If there is none, it is made and its disk space reserved, or a
+    full disk would kill the process later (SIGBUS); only Linux can reserve."""
     try:
         if dtype and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

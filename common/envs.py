@@ -1,8 +1,7 @@
 """One environment, of any Gymnasium id, behind one contract. Several: see `common/vector.py`.
 
 `make_env` gives one `gym.Env` whose observation is a Dict of `image` (uint8, H x W x C) and/or
-`vector` (float32, flat) and whose action is `Discrete(A)` or `Box(-1, 1, (A,))`. A time limit is
-`truncated`, not `terminated`: the agent must still bootstrap there.
+`vector` (float32, flat) and whose action is `Discrete(A)` or `Box(-1, 1, (A,))`.
 """
 
 import ctypes.util
@@ -139,10 +138,8 @@ class Frames(gym.Wrapper):
 
 
 class Atari(wrappers.AtariPreprocessing):
-    """Gymnasium's, but an episode ends with a fresh picture, as in the authors' V3.
-
-    Gymnasium (and the authors' V1 and V2) repeat the one before: no model can see the end.
-    """
+    """Gymnasium's, but an episode ends with a fresh picture, as in the authors' V3. Gymnasium (and
+    the authors' V1 and V2) repeat the one before: no model can see the end."""
 
     def step(self, action):
         observation, reward, terminated, truncated, info = super().step(action)

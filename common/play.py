@@ -92,11 +92,8 @@ def dream(args, agent, run_dir: Path, open_loop, to_batch) -> None:
 
 
 class Keyboard:
-    """Shows each imagined picture in a window; the keys that are held there choose the action.
-
-    The keys are those of `gymnasium.utils.play` where the environment names some, else 1, 2, ...;
-    arrows move the first two numbers of continuous actions.
-    """
+    """Shows each imagined picture in a window; keys held there choose the action: the environment's
+    own, as in `gymnasium.utils.play`, else 1, 2, ...; arrows for two continuous numbers."""
 
     def __init__(self, args, agent):
         import pygame

@@ -148,8 +148,7 @@ class Run(AbstractContextManager):
         batch = replay.sample(1, length, np.random.default_rng(self.step))
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             series = self.open_loop(self.agent, batch, context)
-        self.log.video("open_loop", draw(series, context, self.envs.spec.names)[0],
-                       self.step)
+        self.log.video("open_loop", draw(series, context, self.envs.spec.names)[0], self.step)
 
     def save(self) -> None:
         agent, replay = self.agent, self.feeder.replay

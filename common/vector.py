@@ -1,10 +1,8 @@
 """Several environments in lockstep: `Envs` answers every call with one `EnvStep` of P rows.
 
 The last observation of an episode is seen, with its reward. The next `step` ignores that
-environment's action and starts its next episode: this is Gymnasium's `AutoresetMode.NEXT_STEP`.
-The scripts' docstrings draw it ("Time alignment").
-
-Every environment has a process of its own, even a single one. So it cannot touch the agent's random
+environment's action and starts its next episode (Gymnasium's `AutoresetMode.NEXT_STEP`).
+Every environment has a process of its own, even a single one: it cannot touch the agent's random
 numbers, threads or working directory, and its crash does not end the run unsaved.
 """
 
@@ -121,9 +119,10 @@ def make_here(config: EnvConfig, registered, parent: int, index: int, seed: int)
     """The environment in its process; also in the parent, where Gymnasium only reads the spaces."""
     if os.getpid() == parent:
         import torch  # not in the processes; the random numbers here are the agent's
-        folder = os.getcwd()
+        folder, drawn = os.getcwd(), np.random.get_state()
         with torch.random.fork_rng([]):
             env = make_env(replace(config, films=config.films and ""))
+        np.random.set_state(drawn)
         os.chdir(folder)
         return env
     if hasattr(os, "setsid"):  # Ctrl-C, and what `timeout` sends, is the parent's to handle

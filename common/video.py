@@ -28,11 +28,8 @@ def write(page: np.ndarray, text: str, x: int, y: int, colour: tuple = INK) -> N
 
 
 def panels(videos: dict[str, np.ndarray], context: int) -> list[np.ndarray]:
-    """Each of the titled videos (T, H, W, C), enlarged and in a border.
-
-    The last one is the open-loop one. Its border is green while the model is shown the frames. From
-    t >= context, when the model imagines on its own, it is orange, and the title counts the steps.
-    """
+    """Each of the titled videos (T, H, W, C), enlarged and in a border. That of the last one is
+    green while the model is shown the frames; from t >= context, when it imagines, orange."""
     found = []
     for title, video in videos.items():
         video = to_rgb(video)
@@ -60,10 +57,8 @@ def draw(series: dict[str, np.ndarray], context: int, names=(), every: int = 1) 
 
 
 def plot(series: dict[str, np.ndarray], context: int, names=()) -> np.ndarray:
-    """Draw the first, the truth, and the last of titled vector series (T, V): (H', W', 3).
-
-    Each of the first 8 numbers has a lane, which is as high as the truth; `names` are theirs.
-    """
+    """The first, the truth, and the last of titled vector series (T, V) -> a picture. Each of the
+    first 8 numbers, named by `names`, has a lane, which is as high as the truth."""
     (title, truth), *_, (other, model) = ((k, x.astype(np.float64)) for k, x in series.items())
     lanes = min(truth.shape[1], LANES)
     bottom, x = 30 + lanes * HIGH, LEFT + np.arange(len(truth)) * WIDE // max(1, len(truth) - 1)

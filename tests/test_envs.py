@@ -393,9 +393,10 @@ def test_same_seed_same_stream(env_id):
 @pytest.mark.parametrize("name", ["Meddling", "MeddlingInit"])
 def test_an_environment_cannot_touch_the_agent(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    before = torch.get_rng_state()
+    before = torch.get_rng_state(), str(np.random.get_state())
     play(fake(name), 2, steps=2 * LENGTH)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert str(np.random.get_state()) == before[1]
     assert os.getcwd() == str(tmp_path)
 
 
