@@ -86,7 +86,7 @@ def results(name: str, out: Path, /, also: tuple[Path, ...] = ()) -> None:
             draw(axes, curve, f"seed {seed}, in {path.parent.name}/", seed, "tab:red")
             last = max(last, curve[-1][0])
         axes.set(title=task.removeprefix("control_").replace("_", " "), xlabel="frames")
-        axes.xaxis.set_major_locator(plt.MaxNLocator(5))
+        axes.xaxis.set_major_locator(plt.MaxNLocator(4))
         if any(published(script, task) for script in COMMANDS):
             axes.set_xlim(0, 2 * last)
         axes.legend(fontsize=6)

@@ -15,8 +15,8 @@ from common.disk import MODES, UserError, load_args
 from common.envs import benchmark
 from common.spaces import EnvError
 
-MAY_BE_ZERO = {"max_episode_steps", "noop_max", "env_seed", "seed", "threads", "video_every",
-               "eval_env_seed"}  # other whole numbers start at 1
+TASK = {"env_kwargs", "env_seed", "max_episode_steps", "noop_max"}  # a resume keeps it
+MAY_BE_ZERO = {*TASK, "eval_env_seed", "seed", "threads", "video_every"}  # of whole numbers
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def one_line_errors():
 def parse(args_type: type, script: str, description: str):
     """Arguments, and the run directory if one of MODES names one.
 
-    A resume keeps what the script itself declares, except the learning rates and the length.
+    A resume keeps the task and what the script declares, but for learning rates and length.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in (*MODES, "size"):
@@ -115,8 +115,8 @@ def parse(args_type: type, script: str, description: str):
         stored["capture_video"] = False  # an evaluation is filmed if that is asked for now
     default = args_type(**stored)
     args = tyro.cli(args_type, default=default, description=description)
-    own = {field.name for field in fields(args_type)} - {field.name for field in fields(RunArgs)}
-    for name in sorted(own) if mode == "resume" else ():
+    names, shared = ({field.name for field in fields(of)} for of in (args_type, RunArgs))
+    for name in sorted(names - shared | TASK) if mode == "resume" else ():
         new, old = getattr(args, name), getattr(default, name)
         if new != old and not f"_{name}".endswith(("_lr", "_timesteps")):
             raise UserError(f"--{name.replace('_', '-')} {new} does not fit {run_dir}, which was "

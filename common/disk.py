@@ -21,7 +21,6 @@ class UserError(Exception):
 
 
 def create_run_dir(root: str, env_id: str, exp_name: str, seed: int) -> Path:
-    """Make <root>/<env-id>__<exp-name>__<seed>__<time>, which must not be there yet."""
     name = f"{env_id}__{exp_name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     (path := Path(root).absolute() / re.sub("[/:]", "_", name)).mkdir(parents=True)
     return path

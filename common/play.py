@@ -96,10 +96,10 @@ class Keyboard:
     own, as in `gymnasium.utils.play`, else 1, 2, ...; arrows for two continuous numbers."""
 
     def __init__(self, args, agent):
-        import pygame
-        pygame.init()
         if not agent.spec.image_shape:
             raise UserError("a dream of numbers cannot be played; train with --pixels")
+        import pygame
+        pygame.display.init()
         env = make_env(args.env_config).unwrapped
         named = env.get_keys_to_action() if hasattr(env, "get_keys_to_action") else {
             (str(index + 1),): index for index in range(agent.spec.action_dim)}
@@ -110,8 +110,8 @@ class Keyboard:
 
     def __call__(self, picture: np.ndarray, action: torch.Tensor) -> torch.Tensor | None:
         pygame, chosen = self.pygame, torch.zeros_like(action)
-        frame = to_rgb(picture).swapaxes(0, 1)
-        pygame.transform.scale(pygame.surfarray.make_surface(frame), (512, 512), self.window)
+        frame = pygame.surfarray.make_surface(to_rgb(picture).swapaxes(0, 1))
+        pygame.transform.scale(frame, (512, 512), self.window)
         pygame.display.flip()
         self.clock.tick(15)
         if pygame.event.get(pygame.QUIT):

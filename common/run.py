@@ -30,8 +30,7 @@ class Run(AbstractContextManager):
     """What surrounds the main loop of a new run, or of the rest of the one in `run_dir`.
 
     Of several processes only rank 0 makes files, except for the replay; all ranks begin, save and
-    leave together. It saves at the end, and also after an EnvError, which does no harm to the
-    agent. After any other error the last checkpoint stays as it is.
+    leave together. It saves at the end and after an EnvError; other errors leave the last save.
     """
 
     def __init__(self, script: str, args, run_dir: Path | None):
@@ -40,8 +39,10 @@ class Run(AbstractContextManager):
         if args.batch_size % self.ranks:
             raise UserError(f"--batch-size {args.batch_size} is not for {self.ranks} processes")
         self.is_new, self.saved = run_dir is None, load_checkpoint(run_dir) if run_dir else None
-        if self.saved and len(self.saved["ranks"]) != self.ranks:
-            raise UserError(f"start {len(self.saved['ranks'])} processes, as this run had before")
+        before = len(self.saved.get("ranks", "")) if self.saved else self.ranks
+        if before != self.ranks:
+            raise UserError(f"start {before} processes, as this run had before" if before else
+                            f"{run_dir} is of recorded data: evaluate it, or call learn again")
         if self.rank == 0:
             run_dir = run_dir or create_run_dir(args.runs_dir, args.env_id,
                                                 args.exp_name or script, args.seed)
@@ -90,7 +91,7 @@ class Run(AbstractContextManager):
               f"it learns from timestep {first_update:,} on", sep="\n")
         if self.device.type == "cpu" and millions > 4:
             print(f"no GPU: this takes days; made for a laptop: python {sys.argv[0]} --env-id "
-                  "CartPole-v1 --size XXS --total-timesteps 15000 --threads 1")
+                  "CartPole-v1 --action-repeat 2 --size XXS --total-timesteps 15000")
 
     def ask_to_stop(self, number, frame) -> None:
         if self.stop and number == signal.SIGINT:

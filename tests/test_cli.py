@@ -269,7 +269,8 @@ def test_mistakes_that_the_parsers_find(capsys, given):
 @pytest.mark.parametrize("given", [
     ["--env-id", "CartPole-v1"], ["--deter", "16"], ["--num-envs", "2"], ["--batch-size", "1"],
     ["--train-ratio", "9999"],  # would owe thousands of updates at once
-    ["--clip-rewards", "clip"], ["--pixels"], ["--action-repeat", "2"]])
+    ["--clip-rewards", "clip"], ["--pixels"], ["--action-repeat", "2"],
+    ["--env-kwargs", '{"a": 1}'], ["--max-episode-steps", "7"], ["--env-seed", "0"]])
 def test_a_resume_refuses_what_fixes_rows_networks_or_pace(copied, given):
     before = hashes(copied)
     assert_says(call(MAIN, "--resume", copied, *given), given[0], str(copied))

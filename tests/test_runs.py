@@ -203,6 +203,9 @@ DAMAGES = {
     "a checkpoint that was cut": (lambda d: os.truncate(d / "checkpoint.pt", 5000), "damaged"),
     "an empty checkpoint": (lambda d: os.truncate(d / "checkpoint.pt", 0), "damaged"),
     "no checkpoint": (lambda d: (d / "checkpoint.pt").unlink(), "checkpoint.pt"),
+    "recorded data": (lambda d: torch.save(
+        {k: v for k, v in load_checkpoint(d).items() if k != "ranks"}, d / "checkpoint.pt"),
+        "is of recorded data"),
     "another network": (lambda d: change_checkpoint(d, agent={}), "does not fit"),
     "other sizes": (lambda d: change_args(d, deter=16), "does not fit"),
     "another environment": (lambda d: change_args(d, env_id="CartPole-v1"), "environment"),
@@ -221,7 +224,7 @@ def test_a_wrong_run_directory_is_one_line(copied, name):
     damage, message = DAMAGES[name]
     damage(copied)
     assert_says(call(MAIN, "--resume", copied, "--total-timesteps", 30), message)
-    if name not in ("no rewards", "no images", "no replay"):
+    if name not in ("no rewards", "no images", "no replay", "recorded data"):
         assert_says(call(MAIN, "--evaluate", copied), message)
 
 
