@@ -51,7 +51,7 @@ Time alignment. A row of the replay buffer holds what is known when the action i
                 actor     [a_0 ... a_{H-1}]   each judged by R_t, the return of its own state
                 weights   w_t = c_0 c_1 ... c_t
                 target    R_t = r_{t+1} + c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})
-    replay      critic    [v_0 ... v_{T-2}]   no loss at the end of an episode; R^imag_t: R_0 above
+    replay      critic    [v_0 ... v_{T-2}]   episode's end: no loss, lambda 0; R^imag_t: R_0 above
                 target    R_t = r_{t+1} + gamma (1 - is_terminal_{t+1})
                                 ((1 - lambda) R^imag_{t+1} + lambda R_{t+1})
     windows     | 0 ... T | T+1 ... 2T+1 | ...   rows of an environment; each is used as soon as it
@@ -97,27 +97,26 @@ had the authors' code at hand; "paper" below is what we recall of the revision's
             are written back. 2023: windows start blind, in the middle of an episode.
     [R-16]  the newest windows are replayed first, each once: nothing waits for its first use.
     [R-17]  the untrained policy acts first (2023: uniformly random actions).
-    [R-18]  sizes by one width; our default, 12M, is for one machine (theirs: 200M). Replay ratio
-            256 is the code's (paper: 128). Control: action repeat 2 and ratio 512 are the paper's
-            (code: 1; 1024 or, for images, 256), the length is Atari's (code: 1.1M timesteps).
+    [R-18]  sizes by one width; our default, 12M, is for one machine (theirs: 200M; control by
+            vectors: 1M). Replay ratio 256 is the code's (paper: 128). Control: repeat 2 and ratio
+            512 are the paper's (code: 1; 1024, images 256), the length is Atari's (code: 1.1M).
     [R-19]  initialisers: truncated normal, variance 1 / fan in (2023: mean of both fans, uniform).
 Kept from 2023: 1% uniform mixture of latents, free bits, symlog, percentile scale. The tags [V1-n],
 [V2-n] and [V3-n] are explained in the script of that version.
 
 Deviation (from the authors' code, danijar/dreamerv3 e3f0224 of May 2026)
     * A time limit is not a terminal, on Atari too: their wrapper treats them alike.
-    * bfloat16 is the default where the hardware supports it, from 256 --units on; theirs computes
-      all in it. State, acting and heads of one number stay in float32; stored h is in float16.
+    * bfloat16 is the default where the hardware supports it, from 256 --units on; theirs always
+      uses it. State, acting and the continue head stay in float32; stored h is in float16.
     * Latents are written back after the update (theirs: one update later), and the weights that act
       are the newest (theirs: one step old). On a GPU the next batch is drawn during an update: its
-      latents are one update old, and if a resume draws it anew, its new windows were its only use.
+      latents are one update old, and a resume skips it, with the first use of its new windows.
     * Several vectors are one to us, so their output layers are clipped as one. Where pixels of a
-      maximum tie, one gets the gradient (theirs: shared). Integers stay as V3 takes them (theirs:
-      one-hot).
+      maximum tie, one gets the gradient (theirs: shared). Integers: as in V3 (theirs: one-hot).
     * Atari starts with 1 to 30 no-ops (theirs: 0 to 30), pictures are resized by area (theirs:
       bilinear), and the last one is always fresh. One environment (theirs: 16 for control).
     * Evaluation samples by default as theirs does; --eval-greedy takes the most likely action. It
-      is a command of its own (theirs evaluates while it trains).
+      is a command of its own (theirs has both kinds).
     * --size XXS is ours, for laptops.
 """
 
@@ -196,7 +195,7 @@ class Settings:
 
     lr: float = 4e-5  # Learning rate of everything
     warmup: int = 1000  # Updates in which it rises from 0
-    agc: float = 0.3  # Largest gradient of a parameter, as a share of the parameter's norm
+    agc: float = 0.3  # Largest gradient of a parameter, as a share of its norm (0: any)
     beta1: float = 0.9  # LaProp: decay of the mean of scaled gradients
     beta2: float = 0.999  # LaProp: decay of the mean of squares (paper, we recall: 0.99)
     eps: float = 1e-20  # LaProp epsilon
@@ -775,7 +774,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.sizes = args.deter, args.stoch_dim
         if spec.image_shape:
-            self.cnn, self.start = nn.Sequential(), args.image_size // 16  # 4 x 4 pixels
+            self.cnn, self.start = nn.Sequential(), args.image_size // 16  # 4, of 64 pixels
             widths = [args.depth * factor for factor in reversed(DEPTHS)] + [spec.image_shape[-1]]
             for inputs, outputs in zip(widths[:-1], widths[1:-1]):  # [R-3]
                 self.cnn.extend([UpConv(inputs, outputs), ChannelNorm(outputs), nn.SiLU()])
@@ -1062,7 +1061,7 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
     """Loss of the actor as a scalar, and the policy's entropy (H, N). Eq. 11, with
         REINFORCE   L = -mean w_t ( ln pi(a_t|s_t) sg(A_t) + eta H[pi(.|s_t)] )      [R-9]
     and A_t = (R_t - v_t) / max(1, range), where the paper writes S for the range of the returns.
-    Weights w_t and baseline v_t are in the authors' code only. `ret`, `baseline` and `weight` are
+    Version 1 has no v_t; weights w_t are the authors' code's. `ret`, `baseline` and `weight` are
     (H, N).
     """
     advantage = (ret - baseline) / scale  # (H, N) [V1-2] [V3-5]
@@ -1088,8 +1087,8 @@ def replay_critic_loss(value_dist: TwoHot, batch: Batch, imag_ret: Tensor, slow_
     """Loss of the critic on replayed rewards, as a scalar. [R-11]
         R_t = r_{t+1} + gamma (1 - is_terminal_{t+1}) ((1 - lambda) v_{t+1} + lambda R_{t+1})
         L   = -mean w_t ( ln p(R_t|s_t) + regularizer ln p(v'_t|s_t) )     t = 0 ... T-2
-    v_t is the imagined return from s_t, and w_t is 0 at the last state of an episode, else 1. After
-    a time limit the sum ends with r_t + gamma v_t. All tensors are (T, B).
+    v_t is the imagined return from s_t and ends the recursion. w_t is 0 at the last state of an
+    episode, where R_{t-1} = r_t + gamma (1 - is_terminal_t) v_t; else 1. All tensors are (T, B).
     """
     ends = torch.cat([batch.is_first[1:], torch.zeros_like(batch.is_first[:1])])  # (T, B) bool
     discount = args.gamma * (~batch.is_terminal).float()  # (T, B)
@@ -1113,7 +1112,7 @@ class Optimizer:
                                       device=self.params[0].device)
         self.nu, self.mu = ([torch.zeros_like(param) for param in self.params] for _ in range(2))
         self.step = torch.zeros((), device=self.params[0].device)  # a tensor, for a CUDA graph
-        self.lr, self.warmup, self.agc = args.lr, args.warmup, args.agc
+        self.lr, self.warmup, self.agc = args.lr, args.warmup, args.agc or 1e9
         self.beta1, self.beta2, self.eps = args.beta1, args.beta2, args.eps
 
     def grads(self, loss: Tensor) -> tuple[Tensor, ...]:

@@ -138,8 +138,8 @@ class Frames(gym.Wrapper):
 
 
 class Atari(wrappers.AtariPreprocessing):
-    """Gymnasium's, but an episode ends with a fresh picture, as in the authors' V3. Gymnasium (and
-    the authors' V1 and V2) repeat the one before: no model can see the end."""
+    """Gymnasium's, but an episode ends with a fresh picture, as in the authors' V3 of 2023.
+    Gymnasium (and the authors' V1 and V2) repeat the one before: no model can see the end."""
 
     def step(self, action):
         observation, reward, terminated, truncated, info = super().step(action)
