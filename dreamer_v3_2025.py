@@ -1061,7 +1061,7 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
     """Loss of the actor as a scalar, and the policy's entropy (H, N). Eq. 11, with
         REINFORCE   L = -mean w_t ( ln pi(a_t|s_t) sg(A_t) + eta H[pi(.|s_t)] )      [R-9]
     and A_t = (R_t - v_t) / max(1, range), where the paper writes S for the range of the returns.
-    Version 1 has no v_t; weights w_t are the authors' code's. `ret`, `baseline` and `weight` are
+    Version 1 has no v_t; only the authors' code has w_t. `ret`, `baseline` and `weight` are
     (H, N).
     """
     advantage = (ret - baseline) / scale  # (H, N) [V1-2] [V3-5]
@@ -1112,7 +1112,7 @@ class Optimizer:
                                       device=self.params[0].device)
         self.nu, self.mu = ([torch.zeros_like(param) for param in self.params] for _ in range(2))
         self.step = torch.zeros((), device=self.params[0].device)  # a tensor, for a CUDA graph
-        self.lr, self.warmup, self.agc = args.lr, args.warmup, args.agc or 1e9
+        self.lr, self.warmup, self.agc = args.lr, args.warmup, args.agc or 1e30
         self.beta1, self.beta2, self.eps = args.beta1, args.beta2, args.eps
 
     def grads(self, loss: Tensor) -> tuple[Tensor, ...]:

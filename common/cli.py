@@ -16,7 +16,7 @@ from common.envs import benchmark
 from common.spaces import EnvError
 
 TASK = {"env_kwargs", "env_seed", "max_episode_steps", "noop_max"}  # a resume keeps it
-MAY_BE_ZERO = {*TASK, "eval_env_seed", "seed", "threads", "video_every"}  # of whole numbers
+MAY_BE_ZERO = {*TASK, "eval_env_seed", "seed", "threads", "video_every"}  # others: from 1
 
 
 @dataclass(frozen=True)
