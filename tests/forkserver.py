@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def become(request: dict) -> None:
                                 (2, request["err"], os.O_WRONLY | os.O_CREAT)):
         os.dup2(os.open(path, flags, 0o600), number)
     os.chdir(request["cwd"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
     sys.argv = [request["script"], *request["argv"]]
 
 
