@@ -141,7 +141,8 @@ SIZES = {  # of the paper; XXS is ours, and benchmarks/results/laptop/preset.md 
     "XXS": dict(
         deter=128, hidden=128, units=128, layers=1, depth=8, mlp_units=512, mlp_layers=2, stoch=16,
         classes=16, bins=63, batch_length=16, train_ratio=64.0, model_lr=5e-4, actor_lr=3e-4,
-        critic_lr=5e-4, gamma=0.99, beta_pred=5.0, actor_grad="reinforce", cont_mean=True),
+        critic_lr=5e-4, gamma=0.99, beta_pred=5.0, actor_grad="reinforce", cont_mean=True,
+        actor_entropy=3e-3),
     "XS": dict(deter=256, hidden=256, units=256, layers=1, depth=24),
     "S": {},
     "M": dict(deter=1024, hidden=640, units=640, layers=3, depth=48),

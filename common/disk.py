@@ -61,7 +61,7 @@ def load_args(run_dir: Path | str) -> tuple[str, dict]:
         found = json.loads((Path(run_dir) / "args.json").read_text())
         return str(found["script"]), dict(found["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir} is not a run directory: {error!r}") from error
+        raise UserError(f"{run_dir} is not a run directory: no args.json of a run in it") from error
 
 
 def load_checkpoint(run_dir: Path) -> dict:

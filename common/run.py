@@ -88,7 +88,9 @@ class Run(AbstractContextManager):
               f"replay buffer: {rings.capacity * rings.num_envs:,} timesteps, "
               f"{rings.gibibytes:.2f} GiB of disk" + " per rank" * (self.ranks > 1),
               f"curves and dreams: tensorboard --logdir {shlex.quote(str(self.dir.parent))}",
-              f"it learns from timestep {first_update:,} on", sep="\n")
+              f"it learns from timestep {first_update:,} on"
+              + ", after the end of this run" * (first_update > self.args.total_timesteps)
+              + f"; this is timestep {self.step:,}" * bool(self.saved), sep="\n")
         if self.device.type == "cpu" and millions > 4:
             print(f"no GPU: this takes days; made for a laptop: python {sys.argv[0]} --env-id "
                   "CartPole-v1 --action-repeat 2 --size XXS --total-timesteps 15000")
@@ -205,7 +207,7 @@ class Run(AbstractContextManager):
             raise UserError(f"{error}; it is saved; go on with: {call % 'resume'}") from error
         if is_saved and self.rank == 0 and is_done:
             print(f"done; returns of the last episodes: {list(self.returns)}",
-                  call % "evaluate", call % "dream", sep="\n    ")
+                  call % "evaluate" + " --eval-greedy", call % "dream", sep="\n    ")
         elif is_saved and self.rank == 0:
             print(f"stopped and saved; go on with: {call % 'resume'}")
 
@@ -217,4 +219,4 @@ def load_weights(agent, saved: dict, spec, run_dir: Path | str) -> None:
     try:
         agent.load_state_dict(saved["agent"])
     except RuntimeError as error:
-        raise UserError(f"{run_dir} does not fit this code; use that which made it") from error
+        raise UserError(f"{run_dir} does not fit this code or these flags; use its own") from error
