@@ -1063,8 +1063,8 @@ def explore(args: Args, step: int, state: State, obs: EnvStep, discrete: bool) -
     return state._replace(action=noisy * goes_on[:, None])
 
 
-def train(args: Args, run_dir: Path | None = None) -> None:
-    """The whole run, or the rest of the one in `run_dir`."""
+def train(args: Args, run_dir: Path | None = None) -> Path:
+    """The whole run, or the rest of the one in `run_dir`; returns its directory."""
     with Run(SCRIPT, args, run_dir) as run:
         envs = Envs(replace(args.env_config, films=run.films), args.num_envs, run.seed)
         agent = Agent(args, envs.spec, run.device)
@@ -1090,6 +1090,7 @@ def train(args: Args, run_dir: Path | None = None) -> None:
                     break
             run.log_and_save(obs, metrics)  # log
             obs = envs.step(action)  # step
+        return run.dir
 
 
 def main() -> None:

@@ -1165,8 +1165,8 @@ def updates_due(args: Args, step: int, done: int, ranks: int = 1) -> int:
     return args.pretrain + int(steps * args.train_ratio / replayed) - done
 
 
-def train(args: Args, run_dir: Path | None = None) -> None:
-    """The whole run, or the rest of the one in `run_dir`."""
+def train(args: Args, run_dir: Path | None = None) -> Path:
+    """The whole run, or the rest of the one in `run_dir`; returns its directory."""
     with Run(SCRIPT, args, run_dir) as run:
         envs = Envs(replace(args.env_config, films=run.films), args.num_envs, run.seed)
         agent = Agent(args, envs.spec, run.device)
@@ -1190,6 +1190,7 @@ def train(args: Args, run_dir: Path | None = None) -> None:
                     break
             run.log_and_save(obs, metrics)  # log
             obs = envs.step(action)  # step
+        return run.dir
 
 
 def main() -> None:

@@ -100,11 +100,12 @@ def parse(args_type: type, script: str, description: str):
     A resume keeps the task and what the script declares, but for learning rates and length.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in (*MODES, "size"):
+    for name in (*MODES, "size", "env-id", "env_id"):
         finder.add_argument(f"--{name}")
-    finder.add_argument("--env-id", "--env_id")
     asked = {name: value for name, value in vars(finder.parse_known_args()[0]).items() if value}
-    mode = next((mode for mode in MODES if mode in asked), None)
+    mode, *others = [mode for mode in MODES if mode in asked] or [None]
+    if others:
+        raise UserError(f"--{mode} and --{others[0]} are two commands; give one after the other")
     if not mode:
         return tyro.cli(args_type, default=args_type(**asked), description=description), None
     run_dir = Path(asked[mode]).absolute()

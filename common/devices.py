@@ -74,7 +74,6 @@ def compile_methods(*methods) -> None:
     """Put a compiled method in the place of each of these bound ones, on its own object."""
     import torch._dynamo
     import torch._functorch.config  # not loaded by torch alone
-
     torch._functorch.config.donated_buffer = False  # two losses share one backward graph
     torch._dynamo.config.recompile_limit = 64  # every layer is a variant of the same code
     for method in methods:  # for every shape that occurs, not once for all of them

@@ -80,9 +80,8 @@ def make_env(config: EnvConfig) -> gym.Env:
     except EnvError:
         raise
     except (Exception, SystemExit) as error:
-        hint = "; an id of your own is module:Id-v0"
-        if not isinstance(error, gym.error.Error):
-            hint = traceback.print_exc() or ""
+        hint = ("; an id of your own is module:Id-v0" if isinstance(error, gym.error.Error)
+                else traceback.print_exc() or "")
         raise EnvError(f"cannot make {config.env_id!r}: {error}{hint}") from error
 
 
@@ -114,7 +113,8 @@ def _make(config: EnvConfig) -> gym.Env:
     if config.films:
         trigger = (lambda episode: True) if config.film_all else None
         folder = f"{config.films}/{time.strftime('%Y%m%d-%H%M%S')}"
-        env = wrappers.RecordVideo(Frames(env), folder, trigger, name_prefix="film")
+        env = wrappers.RecordVideo(Frames(env), folder, trigger, name_prefix="film", fps=max(
+            1, (env.metadata.get("render_fps") or 30) // config.action_repeat))  # as fast as it is
     if config.max_episode_steps:
         env = wrappers.TimeLimit(env, config.max_episode_steps)
     env = ImageAndVector(standard_actions(env), size, config.grayscale)

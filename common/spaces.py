@@ -90,8 +90,7 @@ class ImageAndVector(gym.Wrapper):
             for key, shape in self.shapes.items()})
 
     def reset(self, *, seed=None, options=None):
-        observation, _ = self.env.reset(seed=seed, options=options)
-        return self.observation(observation), {}
+        return self.observation(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action):
         observation, reward, terminated, truncated, _ = self.env.step(action)

@@ -31,8 +31,7 @@ def panels(videos: dict[str, np.ndarray], context: int) -> list[np.ndarray]:
     """Each of the titled videos (T, H, W, C), enlarged and in a border. That of the last one is
     green while the model is shown the frames; from t >= context, when it imagines, orange."""
     found = []
-    for title, video in videos.items():
-        video = to_rgb(video)
+    for title, video in zip(videos, map(to_rgb, videos.values())):
         scale, is_last, pages = max(1, round(200 / video.shape[2])), title == [*videos][-1], []
         for t, frame in enumerate(video):
             label = f"{title} +{t - context + 1}" if is_last and t >= context else title

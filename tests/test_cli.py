@@ -114,7 +114,7 @@ def test_other_kinds_of_environment(script, tmp_path, monkeypatch, env):
 def test_films_of_training_and_of_an_evaluation(tmp_path, monkeypatch):
     pytest.importorskip("moviepy")
     monkeypatch.chdir(tmp_path)
-    assert call(MAIN, *flags(MAIN, steps=10, capture_video=True)) == 0
+    assert call(MAIN, *flags(MAIN, steps=10, capture_video=True, action_repeat=2)) == 0
     videos = run_dir_in(tmp_path) / "videos"
     names = {path.name for path in videos.rglob("*.mp4")}
     assert names == {"film-episode-0.mp4", "film-episode-1.mp4"}
@@ -123,9 +123,9 @@ def test_films_of_training_and_of_an_evaluation(tmp_path, monkeypatch):
     assert not videos.exists(), "the run was filmed, which says nothing of an evaluation"
     evaluate = ["--evaluate", run_dir_in(tmp_path), "--eval-episodes", 4, "--capture-video"]
     assert call(MAIN, *evaluate) == 0
-    films = [cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT)
-             for path in videos.rglob("*.mp4")]
-    assert len(films) >= 4 and min(films) > 0
+    films = [[cv2.VideoCapture(str(path)).get(what) for path in videos.rglob("*.mp4")]
+             for what in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS)]
+    assert len(films[0]) >= 4 and min(films[0]) > 0 and {*films[1]} == {15.0}, films  # 30 / 2
 
 
 # ---- Processes, signals, paths -------------------------------------------------------------------
@@ -236,6 +236,7 @@ WRONG = {
     "no JSON": (["--env-kwargs", "{bad"], ["--env-kwargs is JSON", "continuous"]),
     "no object": (["--env-kwargs", "[1]"], ["--env-kwargs is JSON"]),
     "no run directory": (["--resume", "no where"], ["no where is not a run directory"]),
+    "two commands": (["--dream", "a", "--evaluate", "b"], ["--evaluate and --dream are two"]),
     "nothing to evaluate": (["--evaluate", "nowhere"], ["nowhere is not a run directory"]),
 }
 

@@ -260,9 +260,8 @@ def test_training_from_python(script, tmp_path, capsys):
     module = importlib.import_module(script)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     args = module.Args(**settings(script, steps=24))
-    module.train(args)
-    run_dir = run_dir_in(tmp_path)
-    assert progress_of(run_dir) == (24, 5)
+    run_dir = module.train(args)
+    assert progress_of(run_dir) == (24, 5) and run_dir == run_dir_in(tmp_path)
     module.train(replace(args, total_timesteps=26), run_dir)
     assert progress_of(run_dir) == (26, 7)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
