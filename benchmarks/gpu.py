@@ -13,9 +13,9 @@ alone. The record, results/gpu/*.json, is written after each step.
 All steps take half an hour by estimate, most of it compiling. Where time is short, begin with what
 does not need the GPU alone, the scripts at once with a folder each; then time, then compile:
 
-    for v in 1 2 3; do python benchmarks/gpu.py --script dreamer_v$v --minutes 5 --results out/$v \\
-        --only parity "losses dreamer_v$v float32" "losses dreamer_v$v graph" synchronisation \\
-        real_run & done; wait
+    for v in 1 2 3 3_2025; do python benchmarks/gpu.py --script dreamer_v$v --minutes 5 \\
+        --results out/$v --only parity "losses dreamer_v$v float32" "losses dreamer_v$v graph" \\
+        synchronisation real_run & done; wait
     python benchmarks/gpu.py --results out --only "speed dreamer_v3 S" "speed dreamer_v2" \\
         "speed dreamer_v1" acting peer
     python benchmarks/gpu.py --results out --only "speed dreamer_v3 S bf16 compiled" \\

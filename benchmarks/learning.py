@@ -59,8 +59,7 @@ BEFORE = " --actor-entropy 3e-4"  # as in the XXS of the records, run before it 
 LAPTOP = {  # V3: one preset for all of them
     "cartpole": ("CartPole-v1 --action-repeat 2", 15_000), "pendulum": ("Pendulum-v1", 15_000),
     "inverted_pendulum": ("InvertedPendulum-v5", 15_000), "acrobot": ("Acrobot-v1", 10_000),
-    "cartpole_pixels": (f"CartPole-v1 --pixels{BEFORE}", 10_000),
-}
+    "cartpole_pixels": (f"CartPole-v1 --pixels{BEFORE}", 10_000)}
 DMC = "--env-id dm_control/{}-v0 --size XXS --action-repeat 2 --total-timesteps 25000"
 OF_V3 = {task: DMC.format(name) for task, name in CONTROL.items()}
 COMMANDS = {  # what a user types behind `python SCRIPT.py`
