@@ -74,11 +74,12 @@ class RunArgs:
             raise UserError("""--env-kwargs is JSON, such as '{"continuous": true}'""") from None
         for name, value in vars(self).items():
             if type(value) in (int, float):
-                least = int(type(value) is int and name not in may_be_zero | MAY_BE_ZERO)
-                most = 1 if name in shares else sys.float_info.max
+                is_whole = type(getattr(type(self), name)) is int  # the field, not the value
+                least = int(is_whole and name not in may_be_zero | MAY_BE_ZERO)
+                most = 1 if name in shares else 2**53
                 if not least <= value <= most:
                     raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least "
-                                    f"{least}" + f" and at most {most}" * (most == 1))
+                                    f"{least} and at most {most:,}")
 
 
 @contextmanager
@@ -102,13 +103,13 @@ def parse(args_type: type, script: str, description: str):
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in (*MODES, "size", "env-id", "env_id"):
         finder.add_argument(f"--{name}")
-    asked = {name: value for name, value in vars(finder.parse_known_args()[0]).items() if value}
+    asked = {name: x for name, x in vars(finder.parse_known_args()[0]).items() if x is not None}
     mode, *others = [mode for mode in MODES if mode in asked] or [None]
     if others:
         raise UserError(f"--{mode} and --{others[0]} are two commands; give one after the other")
     if not mode:
         return tyro.cli(args_type, default=args_type(**asked), description=description), None
-    run_dir = Path(asked[mode]).absolute()
+    run_dir = Path(asked[mode] or "''").absolute()
     made_by, stored = load_args(run_dir)
     if made_by != script:
         raise UserError(f"{run_dir} was made by {made_by}.py, this is {script}.py")
@@ -117,7 +118,7 @@ def parse(args_type: type, script: str, description: str):
     default = args_type(**stored)
     args = tyro.cli(args_type, default=default, description=description)
     names, shared = ({field.name for field in fields(of)} for of in (args_type, RunArgs))
-    for name in sorted(names - shared | TASK) if mode == "resume" else ():
+    for name in sorted(names - shared | TASK) if mode == "resume" else ("size",):
         new, old = getattr(args, name), getattr(default, name)
         if new != old and not f"_{name}".endswith(("_lr", "_timesteps")):
             raise UserError(f"--{name.replace('_', '-')} {new} does not fit {run_dir}, which was "

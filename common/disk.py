@@ -3,9 +3,9 @@
 import json
 import mmap
 import os
-import pickle
 import re
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +46,8 @@ def replace_when_done(path: Path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns the first into the second
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.__context__ or error}") from error
+        why = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"cannot write {path}: {why}") from error
 
 
 def save_args(run_dir: Path, script: str, args: dict) -> None:
@@ -67,8 +68,10 @@ def load_args(run_dir: Path | str) -> tuple[str, dict]:
 def load_checkpoint(run_dir: Path) -> dict:
     """Read a checkpoint to the CPU. weights_only: it is data, and cannot run code."""
     try:
-        return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        is_damaged = zipfile.ZipFile(path := run_dir / "checkpoint.pt").testzip()  # torch looks at
+        found = {} if is_damaged else torch.load(path, "cpu", weights_only=True)  # no check sum
+        return {**found, "spec": found["spec"]}
+    except Exception as error:  # whatever a damaged file may raise
         raise UserError(f"{run_dir}/checkpoint.pt is missing or damaged; restore it") from error
 
 
@@ -136,9 +139,10 @@ def open_array(path: Path, dtype: type | None = None,
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
             temporary.rename(path)
+        np.lib.format.open_memmap(path, "r")  # fails if the file is cut off; "r+" would add zeros
         array = np.lib.format.open_memmap(path, "r+")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot open {path}: {error}; --buffer-size sets its size") from error
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"cannot open {path}: {error}; restore it, or set --buffer-size") from error
     if dtype and (array.dtype, array.shape) != (np.dtype(dtype), shape):
         raise UserError(f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}: "
                         "it belongs to another kind of environment")

@@ -57,7 +57,7 @@ def find(env_id: str) -> str:
     try:
         found = importlib.import_module(module or known or "gymnasium")
     except ImportError as error:
-        hint = f"; pip install '{package}'" if package else ""
+        hint = f"; pip install '{package}'" if package else "; start it where that module is"
         raise EnvError(f"{env_id} cannot be imported: {error}{hint}") from error
     if module and name not in gym.registry:
         raise EnvError(f"{found.__file__} registers no {name!r}: is that the module you mean?")
@@ -80,8 +80,8 @@ def make_env(config: EnvConfig) -> gym.Env:
     except EnvError:
         raise
     except (Exception, SystemExit) as error:
-        hint = ("; an id of your own is module:Id-v0" if isinstance(error, gym.error.Error)
-                else traceback.print_exc() or "")
+        hint = ("; Atari: ALE/MsPacman-v5; your own: module:Id-v0" if isinstance(
+            error, gym.error.Error) else traceback.print_exc() or "")
         raise EnvError(f"cannot make {config.env_id!r}: {error}{hint}") from error
 
 
@@ -110,6 +110,8 @@ def _make(config: EnvConfig) -> gym.Env:
     if config.pixels and kind != "atari":
         env.reset(seed=0)  # the next line resets without a seed, which would be random
         env = wrappers.AddRenderObservation(Frames(env), render_only=True)
+    if config.films is not None and env.render_mode != "rgb_array":
+        raise EnvError(f"{config.env_id} cannot be filmed: its render_mode is {env.render_mode}")
     if config.films:
         trigger = (lambda episode: True) if config.film_all else None
         folder = f"{config.films}/{time.strftime('%Y%m%d-%H%M%S')}"

@@ -25,6 +25,7 @@ def load_agent(agent_type: type, args, run_dir: Path):
     spec = EnvSpec(**saved["spec"])  # to compile takes longer than to play
     agent = agent_type(replace(args, compile=False, cuda_graph=False), spec, device)
     load_weights(agent, saved, spec, run_dir)
+    print(f"the agent of timestep {saved.get('step', 0):,}", flush=True)  # as of its checkpoint
     return agent
 
 

@@ -42,7 +42,7 @@ class Run(AbstractContextManager):
         before = len(self.saved.get("ranks", "")) if self.saved else self.ranks
         if before != self.ranks:
             raise UserError(f"start {before} processes, as this run had before" if before else
-                            f"{run_dir} is of recorded data: evaluate it, or call learn again")
+                            f"{run_dir} is of recorded data: evaluate it, or run its program again")
         if self.rank == 0:
             run_dir = run_dir or create_run_dir(args.runs_dir, args.env_id,
                                                 args.exp_name or script, args.seed)
@@ -206,7 +206,7 @@ class Run(AbstractContextManager):
         if is_saved and error:
             raise UserError(f"{error}; it is saved; go on with: {call % 'resume'}") from error
         if is_saved and self.rank == 0 and is_done:
-            print(f"done; returns of the last episodes: {list(self.returns)}",
+            print(f"done; returns of the last episodes: {[round(x, 2) for x in self.returns]}",
                   call % "evaluate" + " --eval-greedy", call % "dream", sep="\n    ")
         elif is_saved and self.rank == 0:
             print(f"stopped and saved; go on with: {call % 'resume'}")

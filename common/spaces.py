@@ -55,7 +55,7 @@ def standard_actions(env: gym.Env) -> gym.Env:
 
     def rescale(action):
         unit = np.clip(action, -1.0, 1.0).astype(np.float64).reshape(space.shape)
-        return ((low * (1 - unit) + high * (1 + unit)) / 2).astype(space.dtype)
+        return np.clip((low * (1 - unit) + high * (1 + unit)) / 2, low, high).astype(space.dtype)
 
     return wrappers.TransformAction(env, rescale, spaces.Box(-1.0, 1.0, (low.size,), np.float32))
 
@@ -75,8 +75,8 @@ class ImageAndVector(gym.Wrapper):
         found = [*parts(env.observation_space, sample)]
         self.pictures = [is_picture(space) for _, space, _ in found]
         self.notices = [  # what may not be as the user intended
-            f"{space} is taken for {'a picture' if picture else 'numbers, not for a picture'}"
-            for (_, space, _), picture in zip(found, self.pictures)
+            f"{name or 'the'} {space} is taken for {'a picture' if picture else 'numbers'}"
+            for (name, space, _), picture in zip(found, self.pictures)
             if len(space.shape or ()) > 1 and not (picture and space.dtype == np.uint8)]
         self.names = tuple(f"{name or 'number'} {number + 1}" for (name, space, _), picture
                            in zip(found, self.pictures) if not picture
@@ -106,14 +106,18 @@ class ImageAndVector(gym.Wrapper):
         for (_, space, part), picture in zip(found, self.pictures):
             if picture:
                 result["image"].append(self.to_image(space, np.asarray(part)))
-            elif isinstance(space, spaces.Box) or space.contains(part):
+            elif isinstance(space, spaces.Box) and np.size(part) == math.prod(space.shape):
+                result["vector"].append(np.ravel(part).astype(np.float32))  # flatten would round
+            elif space.contains(part):
                 result["vector"].append(spaces.flatten(space, part).astype(np.float32))
             else:
-                raise ValueError(f"the observation has {part!r} where {space} is expected")
-        result = {key: np.concatenate(found, -1) for key, found in result.items() if found}
+                raise ValueError(f"the observation has {part!r}, of shape {np.shape(part)}, where "
+                                 f"{space} is expected")
+        result = {key: np.concatenate(x, -1) for key, x in result.items() if any(map(np.size, x))}
         shapes, finite = {key: part.shape for key, part in result.items()}, np.isfinite
         if self.shapes and not (shapes == self.shapes and finite(result.get("vector", 0)).all()):
-            raise ValueError(f"the observation has NaN, infinity, or {shapes}, not {self.shapes}")
+            raise ValueError("the observation has " + ("NaN or infinity" if shapes == self.shapes
+                                                       else f"{shapes}, not {self.shapes}"))
         return result
 
     def to_image(self, space: spaces.Box, image: np.ndarray) -> np.ndarray:
@@ -128,7 +132,7 @@ class ImageAndVector(gym.Wrapper):
         if image.ndim == 4:
             image = np.concatenate(image, -1)
         elif image.ndim == 3 and image.shape[-1] not in COLOURS and (
-                image.shape[0] in COLOURS or image.shape[0] < image.shape[-1]):
+                image.shape[0] in COLOURS or image.shape[0] < min(image.shape[1:])):
             image = np.moveaxis(image, 0, -1)
         if self.grayscale and image.shape[2:] == (3,):
             image = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)

@@ -82,6 +82,7 @@ def test_from_beginning_to_end(script, trained, tmp_path, monkeypatch, capsys):
     for _ in range(2):
         capsys.readouterr()
         assert call(script, "--evaluate", run_dir, "--eval-episodes", 3, "--num-envs", 2) == 0
+        assert_says(call(script, "--evaluate", run_dir, "--size", "XXS"), "--size XXS does not fit")
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and re.findall(r"return ([\d.]+)", said[0]) == ["15"] * 3
     assert re.search(r"mean 15\b.*deviation 0\b.*over 3 episodes", said[0])
@@ -236,6 +237,8 @@ WRONG = {
     "no JSON": (["--env-kwargs", "{bad"], ["--env-kwargs is JSON", "continuous"]),
     "no object": (["--env-kwargs", "[1]"], ["--env-kwargs is JSON"]),
     "no run directory": (["--resume", "no where"], ["no where is not a run directory"]),
+    "an empty name": (["--evaluate", ""], ["is not a run directory"]),
+    "a seed beyond 64 bits": (["--seed", str(2**64)], ["--seed", "9,007,199,254,740,992"]),
     "two commands": (["--dream", "a", "--evaluate", "b"], ["--evaluate and --dream are two"]),
     "nothing to evaluate": (["--evaluate", "nowhere"], ["nowhere is not a run directory"]),
 }

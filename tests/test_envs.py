@@ -161,7 +161,8 @@ def test_dict_stacks_images_and_flattens_the_rest(register):
 
 @pytest.mark.parametrize("shape, channels", [
     ((16, 12), 1), ((16, 12, 1), 1), ((16, 12, 3), 3), ((1, 16, 12), 1), ((3, 16, 12), 3),
-    ((16, 12, 4), 4), ((4, 16, 12), 4), ((24, 20, 9), 9), ((16, 24, 20), 16), ((4, 16, 12, 3), 12)])
+    ((16, 12, 4), 4), ((4, 16, 12), 4), ((24, 20, 9), 9), ((16, 24, 20), 16), ((4, 16, 12, 3), 12),
+    ((16, 16, 20), 20)])
 def test_images_of_every_layout_are_resized_by_area(register, shape, channels):
     """Luminance if grey is asked for."""
     space = box(0, 255, *shape, dtype=np.uint8)
@@ -190,7 +191,7 @@ def test_what_looks_like_a_picture_becomes_one(register, low, high, dtype, shape
 @pytest.mark.parametrize("space", [box(0, 1, 4, 4, 3), box(-5, 5, 32, 24, 3)])
 def test_what_may_be_a_picture_is_noticed(register, space):
     _, out, spec, notices = observe(register, space)
-    assert spec == EnvSpec(None, space.low.size, 2, True) and "not for a picture" in notices[0]
+    assert spec == EnvSpec(None, space.low.size, 2, True) and "for numbers" in notices[0]
 
 
 def test_a_dark_first_picture_is_noticed(capfd):
@@ -467,6 +468,19 @@ def test_processes_end_by_themselves_and_one_that_is_killed_is_named():
         envs.step(np.eye(3)[[0, 0]])
     envs.close(), envs.close()
     assert [process.exitcode for process in processes] == [0, -9]
+
+
+@pytest.mark.parametrize("space, given, bad", [
+    (box(0, 9, 3, dtype=np.int64), [0.7, 1.9, 3.2], [0.7, np.nan, 3]),
+    (box(0, 255, 3, dtype=np.uint8), [300, -1, 0.5], [1, 2]),
+    (spaces.Dict(a=box(0, 1, 2), b=box(0, 1, 3)), {"a": [1, 2], "b": [3, 4, 5]},
+     {"a": [1, 2, 3], "b": [4, 5]})])
+def test_numbers_are_what_the_environment_gave_not_what_its_space_can_hold(register, space, given, bad):
+    env = make_env(EnvConfig(register(lambda: SampleEnv(space))))
+    wanted = [1, 2, 3, 4, 5] if isinstance(given, dict) else given
+    np.testing.assert_array_equal(env.observation(given)["vector"], np.float32(wanted))
+    with pytest.raises(ValueError, match="the observation has"):
+        env.observation(bad)
 
 
 # ---- errors of one line

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_what_is_no_run_directory_is_refused_in_one_line(tmp_path, content):
 @pytest.mark.parametrize("broken", ["replace", "fsync"])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
 def test_an_interrupted_save_keeps_the_previous_file(tmp_path, monkeypatch, broken, error):
-    save(tmp_path / "checkpoint.pt", 1)
+    save(tmp_path / "checkpoint.pt", {"spec": 1})
 
     def fail(*_):
         raise error
@@ -86,8 +87,8 @@ def test_an_interrupted_save_keeps_the_previous_file(tmp_path, monkeypatch, brok
     with monkeypatch.context() as patch:
         patch.setattr(os, broken, fail)
         with pytest.raises((UserError, KeyboardInterrupt)):
-            save(tmp_path / "checkpoint.pt", 2)
-    assert load_checkpoint(tmp_path) == 1
+            save(tmp_path / "checkpoint.pt", {"spec": 2})
+    assert load_checkpoint(tmp_path) == {"spec": 1}
 
 
 @pytest.mark.parametrize("moment", ["replace", "fsync"])
@@ -98,29 +99,37 @@ def test_killed_in_the_middle_of_a_save(tmp_path, moment):
         from common.disk import replace_when_done
         for value in (1, 2):
             with replace_when_done(Path(sys.argv[1]) / "checkpoint.pt") as file:
-                torch.save(value, file)
+                torch.save({"spec": value}, file)
             setattr(os, sys.argv[2], lambda *_: os.kill(os.getpid(), 9))""",
         tmp_path, moment), cwd=ROOT)
-    assert done.returncode == -9 and load_checkpoint(tmp_path) == 1
-    save(tmp_path / "checkpoint.pt", 3)  # over what the kill left
-    assert load_checkpoint(tmp_path) == 3 and os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert done.returncode == -9 and load_checkpoint(tmp_path) == {"spec": 1}
+    save(tmp_path / "checkpoint.pt", {"spec": 3})  # over what the kill left
+    assert load_checkpoint(tmp_path) == {"spec": 3} and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_previous_checkpoint(tmp_path):
-    save(tmp_path / "checkpoint.pt", 1)
+    save(tmp_path / "checkpoint.pt", {"spec": 1})
     with file_size_limit(300_000):
         # 75,000 floats fit except for the last few bytes: those fail in flush, not in torch.save.
         for size in (60_000, 75_000, 74_700, 1_000_000):
             for name in ("checkpoint.pt", "first.pt"):
-                with pytest.raises(UserError, match=f"cannot write .*{name}"):
+                with pytest.raises(UserError, match=f"cannot write .*{name}: .*too large"):
                     save(tmp_path / name, {"a": torch.zeros(size), "b": torch.zeros(size // 3)})
-    assert load_checkpoint(tmp_path) == 1 and os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert load_checkpoint(tmp_path) == {"spec": 1} and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
-def test_a_checkpoint_that_was_cut_is_one_line_at_every_length(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    save(path, {"agent": torch.nn.Linear(30, 20).state_dict(), "step": 7})
+def test_a_checkpoint_that_was_cut_or_changed_is_one_line(tmp_path):
+    path, weights = tmp_path / "checkpoint.pt", torch.arange(600.0)
+    save(path, {"agent": weights, "spec": 7})
     whole = path.read_bytes()
+    for place in range(0, len(whole), 41):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
+        with suppress(UserError):
+            assert torch.equal(load_checkpoint(tmp_path)["agent"], weights), place
+    for other in ([1], {}, torch.zeros(3)):
+        save(path, other)
+        with pytest.raises(UserError, match="checkpoint.pt .*damaged"):
+            load_checkpoint(tmp_path)
     for length in (*range(0, 70, 7), *range(70, len(whole), 97), len(whole) - 10, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match="checkpoint.pt .*damaged"):
@@ -241,9 +250,11 @@ def test_counters_that_a_killed_run_may_leave(tmp_path, counters):
 
 
 @pytest.mark.parametrize("part", ["reward", "n"])
-def test_a_part_that_is_missing_is_not_made_anew(tmp_path, part):
+def test_a_part_that_is_missing_or_cut_is_not_made_anew(tmp_path, part):
     """Zeros in its place would be trained on."""
     fill(rings(tmp_path), 3)
-    (tmp_path / f"{part}.npy").unlink()
-    with pytest.raises(UserError, match=f"{part}.npy"):
-        rings(tmp_path)
+    path = tmp_path / f"{part}.npy"
+    for damage in (lambda: os.truncate(path, path.stat().st_size - 9), path.unlink):
+        damage()
+        with pytest.raises(UserError, match=f"{part}.npy"):
+            rings(tmp_path)

@@ -250,7 +250,7 @@ def test_args_from_python_are_those_of_the_command_line(script):
         changed = replace(args, seed=5)
         assert asdict(changed) == asdict(args) | {"seed": 5}
     assert Args(env_id=ENV, size="XXS").deter != Args(env_id=ENV).deter
-    assert Args(size="XXS", deter=16).deter == 16
+    assert Args(size="XXS", deter=16).deter == 16 and Args(gamma=0).gamma == 0
     with pytest.raises((TypeError, UserError), match="no_such"):
         Args(no_such=1)
 
