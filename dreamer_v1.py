@@ -169,7 +169,7 @@ class Settings:
     train_ratio: float = 500.0  # Replayed timesteps per collected one
     batch_size: int = 50  # Sequences per batch, B
     batch_length: int = 50  # Timesteps per sequence, T
-    learning_starts: int = 2500  # Windows of T timesteps that random actions fill first
+    learning_starts: int = 2500  # Random actions until so many (overlapping) windows fit
     buffer_size: int = 1_000_000  # Replay capacity in timesteps, first in, first out
     pretrain: int = 100  # Updates that are made at once when training begins
 
@@ -506,7 +506,7 @@ class Head(nn.Module):
         x = self.mlp(feat)
         if self.out.out_features > 1:
             return self.out(x).float()
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has 3 digits for a number
+        with torch.autocast(x.device.type, enabled=False):  # a number needs more than 3 digits
             return self.out(x.float())
 
 
@@ -835,7 +835,7 @@ class Optimizer:
         self.count = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
     def grads(self, loss: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Gradients of a scalar loss for these parameters alone, through whatever it passes."""
+        """Gradients of a scalar loss for these parameters alone, also through other networks."""
         grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
         average_over_ranks(grads)
         return grads

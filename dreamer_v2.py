@@ -169,7 +169,7 @@ class Settings:
     train_ratio: float = 160.0  # Replayed timesteps per collected one
     batch_size: int = 16  # Sequences per batch, B
     batch_length: int = 50  # Timesteps per sequence, T
-    learning_starts: int = 10_000  # Windows of T timesteps that random actions fill first
+    learning_starts: int = 10_000  # Random actions until so many (overlapping) windows fit
     buffer_size: int = 2_000_000  # Replay capacity in timesteps, first in, first out
     pretrain: int = 1  # Updates that are made at once when training begins
 
@@ -579,7 +579,7 @@ class Head(nn.Module):
         x = self.mlp(feat)
         if self.out.out_features > 1:
             return self.out(x).float()
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has 3 digits for a number
+        with torch.autocast(x.device.type, enabled=False):  # a number needs more than 3 digits
             return self.out(x.float())
 
 
@@ -900,7 +900,7 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
         L = -mean w_t ( rho ln pi(a_t|s_t) sg(V_{t+1} - v'_t) + (1 - rho) V_{t+1} + eta H[pi(s_t)])
     REINFORCE is rho = 1, dynamics rho = 0. That the return is the one of the next state (Eq. 6: of
     the same) is the authors' code. w_t are the discounts before t, multiplied. Through the dynamics
-    the gradient comes by reward, discount and value. All but `action` (G, N, A) are (G, N);
+    the gradient passes reward, discount and value. All but `action` (G, N, A) are (G, N);
     `dynamics` is 1 - rho.
     """
     objective = ret  # [V1-2]
@@ -933,7 +933,7 @@ class Optimizer:
         self.count = torch.zeros((), dtype=torch.float64, device=self.params[0].device)
 
     def grads(self, loss: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Gradients of a scalar loss for these parameters alone, through whatever it passes."""
+        """Gradients of a scalar loss for these parameters alone, also through other networks."""
         grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
         average_over_ranks(grads)
         return grads

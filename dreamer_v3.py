@@ -76,10 +76,10 @@ From the paper:
             average, regularises it. V2 took both from a copy that is up to 100 updates old.
     [V3-7]  the continue head, in every domain, predicts whether the episode goes on: its target has
             no gamma in it.
-    [V3-8]  SiLU and LayerNorm everywhere (no bias before a norm: code): one rate for all sizes.
+    [V3-8]  SiLU and LayerNorm everywhere (code: no bias before a norm): a rate for all sizes.
     [V3-9]  the output layers of reward head and critic start at zero. Random first returns would
             teach the actor nonsense.
-    [V3-10] no weight decay, other rates and clips (Adam's textbook epsilon: code).
+    [V3-10] no weight decay, other rates and clips (code: epsilon after unbiasing).
     One setting for all domains (V2: TASKS).
 From the authors' code only:
     [V3-11] learned initial state (V2: zeros).
@@ -169,7 +169,7 @@ class Settings:
     train_ratio: float = 1024.0  # Replayed timesteps per collected one
     batch_size: int = 16  # Sequences per batch, B
     batch_length: int = 64  # Timesteps per sequence, T
-    learning_starts: int = 1024  # Windows of T timesteps that random actions fill first
+    learning_starts: int = 1024  # Random actions until so many (overlapping) windows fit
     buffer_size: int = 1_000_000  # Replay capacity in timesteps, first in, first out
     pretrain: int = 1  # Updates that are made at once when training begins
 
@@ -406,7 +406,7 @@ class Latent(OneHot):
     """The stochastic state z_t: S independent one-hot categoricals, side by side, (Z,). [V2-1]"""
 
     def __init__(self, raw: Tensor, groups: int, unimix: float):
-        """`raw`: unnormalised logits (..., Z), to be mixed."""
+        """`raw`: logits (..., Z) before softmax and uniform share."""
         super().__init__(raw.unflatten(-1, (groups, -1)), unimix)
 
     def sample(self) -> Tensor:
@@ -603,7 +603,7 @@ class Head(nn.Module):
         x = self.mlp(feat)
         if self.out.out_features > 1:
             return self.out(x).float()
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has 3 digits for a number
+        with torch.autocast(x.device.type, enabled=False):  # a number needs more than 3 digits
             return self.out(x.float())
 
 
@@ -948,7 +948,7 @@ def actor_loss(policy: OneHot | Gaussian, action: Tensor, ret: Tensor, baseline:
         dynamics    L = -mean w_t (                   A_t  + eta H[pi(.|s_t)] )
     and A_t = (R_t - v_t) / max(1, range), where the paper writes S for the range of the returns.
     Weights w_t and baseline v_t are in the authors' code only. Through the dynamics the gradient
-    comes by reward, value and baseline. `ret`, `baseline` and `weight` are (H, N).
+    passes reward, value and baseline. `ret`, `baseline` and `weight` are (H, N).
     """
     objective = (ret - baseline) / scale  # (H, N) [V1-2] [V3-5]
     if not dynamics:  # [V2-4]
@@ -978,7 +978,7 @@ class Optimizer:
                                      capturable=self.params[0].is_cuda)  # for a CUDA graph
 
     def grads(self, loss: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
-        """Gradients of a scalar loss for these parameters alone, through whatever it passes."""
+        """Gradients of a scalar loss for these parameters alone, also through other networks."""
         grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph)
         average_over_ranks(grads)
         return grads
@@ -1063,7 +1063,7 @@ class Agent(nn.Module):
                 slow_value = self.slow_critic(feat[:-1]).mean()  # (H, N)
 
         # Returns. What follows from state t is r_{t+1}, c_{t+1} here; Eq. 7 writes r_t, c_t for it
-        #     alive      c_0         the start: is it no terminal?
+        #     alive      c_0         0 if the start is a terminal
         #     discount   gamma c_1,  gamma c_2,    ...  gamma c_H
         #     weight     c_0,        gamma c_0 c_1, ...  gamma^(H-1) c_0 ... c_{H-1}
         alive = (~batch.is_terminal).float().flatten()  # (N,) [V2-7] [V3-14]

@@ -51,7 +51,7 @@ Time alignment. A row of the replay buffer holds what is known when the action i
                 actor     [a_0 ... a_{H-1}]   each judged by R_t, the return of its own state
                 weights   w_t = c_0 c_1 ... c_t
                 target    R_t = r_{t+1} + c_{t+1} ((1 - lambda) v_{t+1} + lambda R_{t+1})
-    replay      critic    [v_0 ... v_{T-2}]   episode's end: no loss, lambda 0; R^imag_t: R_0 above
+    replay      critic    [v_0 ... v_{T-2}]   episode's end: no loss, lambda 0; R^imag_t: R_0 from t
                 target    R_t = r_{t+1} + gamma (1 - is_terminal_{t+1})
                                 ((1 - lambda) R^imag_{t+1} + lambda R_{t+1})
     windows     | 0 ... T | T+1 ... 2T+1 | ...   rows of an environment; each is used as soon as it
@@ -480,7 +480,7 @@ class Latent(OneHot):
     """The stochastic state z_t: S independent one-hot categoricals, side by side, (Z,). [V2-1]"""
 
     def __init__(self, raw: Tensor, groups: int, unimix: float):
-        """`raw`: unnormalised logits (..., Z), to be mixed."""
+        """`raw`: logits (..., Z) before softmax and uniform share."""
         super().__init__(raw.unflatten(-1, (groups, -1)), unimix)
 
     def sample(self) -> Tensor:
@@ -688,7 +688,7 @@ class Head(nn.Module):
         x = self.mlp(feat)
         if self.out.out_features > 1:
             return self.out(x).float()
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has 3 digits for a number
+        with torch.autocast(x.device.type, enabled=False):  # a number needs more than 3 digits
             return self.out(x.float())
 
 
