@@ -54,6 +54,7 @@ def find(env_id: str) -> str:
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         has_egl = ctypes.util.find_library("EGL")  # MuJoCo's own choice needs a display
         os.environ.setdefault("MUJOCO_GL", "egl" if has_egl else "disabled")
+        os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # or SDL prints an error that is none
     try:
         found = importlib.import_module(module or known or "gymnasium")
     except ImportError as error:
