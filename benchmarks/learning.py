@@ -53,7 +53,7 @@ SETS = {  # name, which is that of the folder: its tasks. A task is a choice of 
 CHOICES = SETS | {task: (task,) for tasks in SETS.values() for task in tasks}
 TRACKS = {"carracing": (5, 10, 200, 5000, 77)}  # --eval-env-seed: the one of training, four others
 GAME = ("--env-id {}NoFrameskip-v4 --deter 512 --hidden 256 --units 256 --layers 2 --depth {} "
-        "--stoch 16 --classes 16 --batch-length 32 {} --total-timesteps {} --train-ratio {}")
+        "--stoch 16 --classes 16 --batch-length 32 --train-ratio {} {} --total-timesteps {}")
 RATES = "--model-lr 2e-4 --actor-lr 6e-5 --critic-lr 6e-5"  # twice the paper's
 BEFORE = " --actor-entropy 3e-4"  # as in the XXS of the records, run before it was 3e-3 there
 LAPTOP = {  # V3: one preset for all of them
@@ -64,20 +64,20 @@ DMC = "--env-id dm_control/{}-v0 --size XXS --action-repeat 2 --total-timesteps 
 OF_V3 = {task: DMC.format(name) for task, name in CONTROL.items()}
 COMMANDS = {  # what a user types behind `python SCRIPT.py`
     "dreamer_v3": {
-        "boxing": f"--size XS {GAME.format('Boxing', 16, RATES, 14400, 448)}",
-        "mspacman": f"--size XS {GAME.format('MsPacman', 16, RATES, 25000, 160)}",
+        "boxing": f"--size XS {GAME.format('Boxing', 16, 448, RATES, 14400)}",
+        "mspacman": f"--size XS {GAME.format('MsPacman', 16, 160, RATES, 25000)}",
         **{task: f"--env-id {name}NoFrameskip-v4 --cuda-graph" for task, name in GAMES.items()},
         **{task: f"--env-id {env_id} --size XXS --total-timesteps {timesteps}"
            for task, (env_id, timesteps) in LAPTOP.items()},
         **{task: flags + BEFORE for task, flags in OF_V3.items()},
     },
     "dreamer_v3_2025": {
-        "boxing": f"--size 1M {GAME.format('Boxing', 8, '--lr 8e-5', 14400, 448)}",
+        "boxing": f"--size 1M {GAME.format('Boxing', 8, 448, '--lr 8e-5', 14400)}",
         **{task: f"--env-id {LAPTOP[task][0].split()[0]} --size XXS --total-timesteps 15000"
            for task in ("cartpole", "pendulum", "inverted_pendulum", "acrobot")},
         **{task: OF_V3[task] for task in [*CONTROL][:3]}},
     "dreamer_v2": {
-        "boxing": f"--size XXS {GAME.format('Boxing', 16, RATES, 14400, 448)} --clip-rewards tanh "
+        "boxing": f"--size XXS {GAME.format('Boxing', 16, 448, RATES, 14400)} --clip-rewards tanh "
                   "--kl-scale 0.1 --actor-entropy 1e-3 --gamma 0.99",
         "cartpole": "--env-id CartPole-v1 --size XXS --action-repeat 2 --total-timesteps 20000",
         "pendulum": "--env-id Pendulum-v1 --size XXS --gamma 0.95 --kl-scale 0.1 --actor-lr 1e-4 "

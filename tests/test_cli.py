@@ -82,7 +82,8 @@ def test_from_beginning_to_end(script, trained, tmp_path, monkeypatch, capsys):
     for _ in range(2):
         capsys.readouterr()
         assert call(script, "--evaluate", run_dir, "--eval-episodes", 3, "--num-envs", 2) == 0
-        assert_says(call(script, "--evaluate", run_dir, "--size", "XXS"), "--size XXS does not fit")
+        size = importlib.import_module(script).Args.size  # the default, which is not the run's
+        assert_says(call(script, "--evaluate", run_dir, "--size", size), f"--size {size} does not")
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and re.findall(r"return ([\d.]+)", said[0]) == ["15"] * 3
     assert re.search(r"mean 15\b.*deviation 0\b.*over 3 episodes", said[0])
