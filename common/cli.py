@@ -76,8 +76,7 @@ class RunArgs:
             if type(value) in (int, float):
                 is_whole = type(getattr(type(self), name)) is int  # the field, not the value
                 least = int(is_whole and name not in may_be_zero | MAY_BE_ZERO)
-                most = 1 if name in shares else 2**53
-                if not least <= value <= most:
+                if not least <= value <= (most := 1 if name in shares else 2**53):
                     raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least "
                                     f"{least} and at most {most:,}")
 

@@ -23,9 +23,8 @@ def prepare_torch(args, seed: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep large blocks that torch frees, or an update on a CPU takes a third longer
-    (benchmarks/results/speed/attempts.md). Call it after the first update, so that what that one
-    leaves for good lies at the bottom."""
+    """Let malloc keep large blocks that torch frees, or an update on a CPU takes a third longer.
+    Call it after the first update, so that what that one leaves for good lies at the bottom."""
     with suppress(OSError, AttributeError):  # Linux with glibc alone has it
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: take blocks below 1 GiB from the heap

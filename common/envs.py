@@ -51,9 +51,8 @@ def find(env_id: str) -> str:
     known, package = next((PACKAGES[x] for x in PACKAGES if x in name and not module), ("", ""))
     if os.getcwd() not in sys.path:  # the module is where the user stands
         sys.path.append(os.getcwd())
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        has_egl = ctypes.util.find_library("EGL")  # MuJoCo's own choice needs a display
-        os.environ.setdefault("MUJOCO_GL", "egl" if has_egl else "disabled")
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):  # MuJoCo's choice needs one
+        os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "disabled")
         os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")  # or SDL prints an error that is none
     try:
         found = importlib.import_module(module or known or "gymnasium")
@@ -111,13 +110,11 @@ def _make(config: EnvConfig) -> gym.Env:
     if config.pixels and kind != "atari":
         env.reset(seed=0)  # the next line resets without a seed, which would be random
         env = wrappers.AddRenderObservation(Frames(env), render_only=True)
-    if config.films is not None and env.render_mode != "rgb_array":
-        raise EnvError(f"{config.env_id} cannot be filmed: its render_mode is {env.render_mode}")
     if config.films:
         trigger = (lambda episode: True) if config.film_all else None
         folder = f"{config.films}/{time.strftime('%Y%m%d-%H%M%S')}"
         env = wrappers.RecordVideo(Frames(env), folder, trigger, name_prefix="film", fps=max(
-            1, (env.metadata.get("render_fps") or 30) // config.action_repeat))  # as fast as it is
+            1, (env.metadata.get("render_fps") or 30) // config.action_repeat))  # in real time
     if config.max_episode_steps:
         env = wrappers.TimeLimit(env, config.max_episode_steps)
     env = ImageAndVector(standard_actions(env), size, config.grayscale)

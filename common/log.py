@@ -16,8 +16,6 @@ from tqdm import tqdm
 from common.disk import UserError
 from common.video import gif_bytes
 
-UNTIMED = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
-
 
 def to_numbers(metrics: dict[str, Tensor], updates: int) -> dict[str, float]:
     """Scalar metrics as numbers. Raises UserError that names one that is not finite."""
@@ -35,10 +33,9 @@ class Log:
 
     def __init__(self, run_dir: Path, args, step: int, updates: int, enabled: bool):
         self.total, self.writer, self.wandb = args.total_timesteps, None, None
-        self.mark, self.print_at, self.timed = (time.time(), step, updates), 0.0, False
-        self.bar = tqdm(total=self.total, initial=min(step, self.total), unit=" steps", smoothing=0,
-                        disable=not (enabled and sys.stderr.isatty()), dynamic_ncols=True,
-                        bar_format=UNTIMED)
+        self.mark, self.print_at = (time.time(), step, updates), 0.0
+        self.bar = tqdm(total=self.total, initial=min(step, self.total), unit=" steps",
+                        disable=not (enabled and sys.stderr.isatty()), dynamic_ncols=True)
         if enabled and args.track:  # first: it hooks into SummaryWriter
             import wandb  # on a resume the name, as the id, continues the run there
             self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity,
@@ -73,9 +70,6 @@ class Log:
         if self.bar.disable and self.writer and time.time() > self.print_at:
             self.print_at = time.time() + 60
             print(f"timestep {step:,} of {self.total:,}", words, file=sys.stderr, flush=True)
-        if postfix["updates"] and not (self.timed or self.bar.disable):  # before, it was no measure
-            self.bar.start_t, self.bar.initial, self.bar.bar_format = time.time(), step, None
-            self.timed = True
         self.bar.set_postfix(words, refresh=False)
         self.bar.update(min(step, self.total) - self.bar.n)
 

@@ -38,7 +38,6 @@ class Run(AbstractContextManager):
         self.args, self.script, (self.rank, self.ranks, self.device) = args, script, join(args.cuda)
         if args.batch_size % self.ranks:
             raise UserError(f"--batch-size {args.batch_size} is not for {self.ranks} processes")
-        self.lock = lock_run_dir(run_dir) if run_dir and self.rank == 0 else None
         self.is_new, self.saved = run_dir is None, load_checkpoint(run_dir) if run_dir else None
         before = len(self.saved.get("ranks", "")) if self.saved else self.ranks
         if before != self.ranks:
@@ -47,7 +46,7 @@ class Run(AbstractContextManager):
         if self.rank == 0:
             run_dir = run_dir or create_run_dir(args.runs_dir, args.env_id,
                                                 args.exp_name or script, args.seed)
-            self.lock = self.lock or lock_run_dir(run_dir)
+            self.lock = lock_run_dir(run_dir)
             save_args(run_dir, script, asdict(args))  # a resume remembers its flags, too
         self.dir = gather(run_dir)[0]
         self.films = str(self.dir / "videos") if args.capture_video and not self.rank else None
@@ -90,8 +89,7 @@ class Run(AbstractContextManager):
               f"{rings.gibibytes:.2f} GiB of disk" + " per rank" * (self.ranks > 1),
               f"curves and dreams: tensorboard --logdir {shlex.quote(str(self.dir.parent))}",
               f"it learns from timestep {first_update:,} on"
-              + ", after the end of this run" * (first_update > self.args.total_timesteps)
-              + f"; this is timestep {self.step:,}" * bool(self.saved), sep="\n")
+              + ", after its end" * (first_update > self.args.total_timesteps), sep="\n")
         if self.device.type == "cpu" and millions > 4:
             print(f"no GPU: this takes days; made for a laptop: python {sys.argv[0]} --env-id "
                   "CartPole-v1 --action-repeat 2 --size XXS --total-timesteps 15000")

@@ -111,8 +111,7 @@ class ImageAndVector(gym.Wrapper):
             elif space.contains(part):
                 result["vector"].append(spaces.flatten(space, part).astype(np.float32))
             else:
-                raise ValueError(f"the observation has {part!r}, of shape {np.shape(part)}, where "
-                                 f"{space} is expected")
+                raise ValueError(f"the observation has {np.shape(part)} {part!r}, not {space}")
         result = {key: np.concatenate(x, -1) for key, x in result.items() if any(map(np.size, x))}
         shapes, finite = {key: part.shape for key, part in result.items()}, np.isfinite
         if self.shapes and not (shapes == self.shapes and finite(result.get("vector", 0)).all()):
